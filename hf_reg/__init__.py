@@ -1,0 +1,27 @@
+"""Regularization for fine-tuning Hugging Face models."""
+
+from importlib import import_module
+from typing import TYPE_CHECKING, Any
+
+
+if TYPE_CHECKING:
+    from .describe import describe
+    from .patching import patch_model, patched, unpatch_model
+
+__version__ = "0.1.0"
+__all__ = ["describe", "patch_model", "patched", "unpatch_model"]
+
+_HOME = {"describe": "describe", "patch_model": "patching", "patched": "patching", "unpatch_model": "patching"}
+
+
+def __getattr__(name: str) -> Any:
+    """Import a public name on first use, so that `import hf_reg` costs nothing."""
+    if name not in _HOME:
+        raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
+    value = getattr(import_module(f"{__name__}.{_HOME[name]}"), name)
+    globals()[name] = value
+    return value
+
+
+def __dir__() -> list[str]:
+    return sorted([*globals(), *__all__])

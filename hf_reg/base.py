@@ -1,0 +1,208 @@
+"""What every regularizer is made of: a `Patch` (frozen settings) and a `Gate` (its live part inside one module)."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator, Sequence
+from dataclasses import dataclass, field, fields
+from typing import TYPE_CHECKING, Any, ClassVar
+
+import torch
+from torch import nn
+
+from .schedules import Schedule, make_schedule
+
+
+if TYPE_CHECKING:
+    from .masks import BlockView, TokenView
+    from .seams import AttentionSite
+
+
+__all__ = ["Gate", "Patch", "RateGate", "check_choice", "check_range"]
+
+
+def check_choice(owner: str, name: str, value: object, choices: Sequence[object]) -> None:
+    """Raise `ValueError` unless `value` is one of `choices`."""
+    if value not in choices:
+        raise ValueError(f"{owner}: {name}={value!r} is not known; choose one of {', '.join(map(repr, choices))}.")
+
+
+def check_range(owner: str, name: str, value: object, low: float, high: float, *, closed: bool = False) -> None:
+    """Raise `TypeError` for a value that is no number and `ValueError` for one outside `[low, high)`."""
+    if isinstance(value, bool) or not isinstance(value, (int, float)):
+        raise TypeError(f"{owner}: {name} must be a number, got {value!r} ({type(value).__name__}).")
+    if not (low <= value < high or (closed and value == high)):
+        raise ValueError(f"{owner}: {name}={value} is out of range; give {low} <= {name} {'<=' if closed else '<'} {high}.")
+
+
+@dataclass(frozen=True)
+class Patch:
+    """Settings of one regularizer, and how it attaches. Subclass it to add a method (CONTRIBUTING.md).
+
+    Args:
+        layers (`str`, `int` or sequence of `int`, *optional*, defaults to `"all"`):
+            Which layers of every sub-model to patch: `"all"`, a slice (`"6:"`, `"::2"`, `"-4:"`), an index, or a list of
+            indices; negative ones count from the end.
+        submodel (`str` or sequence of `str`, *optional*, defaults to `"all"`):
+            Which sub-models: `"all"`, `"encoder"`, `"decoder"`, `"text"`, `"vision"`, `"audio"`, or a module path such as
+            `"model.vision_tower"`.
+        schedule (`str` or [`~hf_reg.schedules.Schedule`], *optional*):
+            Factor on the rate over training. `None` keeps it constant.
+    """
+
+    name: ClassVar[str] = ""
+    rate_field: ClassVar[str | None] = None  # the setting that the schedule multiplies
+    in_eval: ClassVar[bool] = False  # True only for deterministic interventions such as `head_mask`
+
+    layers: str | int | Sequence[int] = field(default="all", kw_only=True)
+    submodel: str | Sequence[str] = field(default="all", kw_only=True)
+    schedule: Schedule | str | None = field(default=None, kw_only=True)
+
+    def __post_init__(self) -> None:
+        if not self.name:
+            raise TypeError(f"{type(self).__name__} has no `name`; a Patch subclass must set the class attribute `name`.")
+        for key in ("layers", "submodel"):
+            value = getattr(self, key)
+            if isinstance(value, list):
+                object.__setattr__(self, key, tuple(value))
+        if self.schedule is not None:
+            object.__setattr__(self, "schedule", make_schedule(self.schedule))
+            if self.rate_field is None:
+                raise ValueError(f"{self.name} has no rate, so schedule={self.schedule!r} would do nothing; leave it out.")
+            peak = self.schedule.peak * getattr(self, self.rate_field)  # type: ignore[union-attr]
+            if not peak < 1:
+                raise ValueError(
+                    f"{self.name}: {self.rate_field}={getattr(self, self.rate_field)} times the highest factor of the "
+                    f"schedule ({self.schedule.peak}) is {peak:g}; keep it below 1."  # type: ignore[union-attr]
+                )
+
+    def settings(self) -> dict[str, Any]:
+        """The settings as a dict, in the order of the signature: what describes and rebuilds this patch."""
+        own = [f.name for f in fields(self) if f.name not in Patch.__dataclass_fields__]
+        return {name: getattr(self, name) for name in (*own, "layers", "submodel", "schedule")}
+
+    def accepts(self, site: AttentionSite) -> bool:
+        """Whether this method is meant for `site` (TLM: self-attention only)."""
+        return True
+
+    def check(self, site: AttentionSite) -> None:
+        """Raise `ValueError` when the method cannot work at `site`; called for every site before anything changes."""
+
+    def gate(self, site: AttentionSite) -> Gate:
+        """The live part for `site`."""
+        raise NotImplementedError(f"{type(self).__name__} must define `gate(site)`.")
+
+
+class Gate(nn.Module):
+    """The live part of a patch inside one attention module. It owns no parameter and no persistent buffer.
+
+    A gate may do three things, each a no-op here:
+
+    - `hide`, `hide_blocks`: take keys out of the attention mask (declared by `hides`),
+    - `scales`: multiply the output of each head,
+    - `wrap`: stand around the attention function itself.
+    """
+
+    hides: ClassVar[bool] = False  # whether `hide` does anything
+    replaces_dropout: bool = False  # whether the model's own attention-probability dropout is off while this gate is on
+
+    def __init__(self, patch: Patch) -> None:
+        super().__init__()
+        self.patch = patch
+
+    def enabled(self) -> bool:
+        """Whether the gate acts on this call."""
+        return self.training or self.patch.in_eval
+
+    def hide(self, view: TokenView) -> torch.Tensor:
+        """The attention mask of `view` without the keys that this gate takes away: (B, 1 | H, Tq, Tk) bool."""
+        raise NotImplementedError
+
+    def hide_blocks(self, view: BlockView) -> Any:
+        """The same for flex attention: a `mask_mod(batch, head, query, key)` that is combined with the model's own."""
+        raise NotImplementedError
+
+    def wrap(self, function: Callable[..., Any]) -> Callable[..., Any]:
+        """The attention function to call instead of `function`, with its signature."""
+        return function
+
+    def scales(self, batch: int, heads: int, device: torch.device) -> torch.Tensor | None:
+        """Factor on each head's output, (B | 1, H) float, or None for no change."""
+        return None
+
+    def attach(self, model: nn.Module, site: AttentionSite) -> None:
+        """Called once the gate stands in `site.module`: the place to leave hooks (subclasses of `SeamHook`)."""
+
+    def detach(self, module: nn.Module) -> None:
+        """Called when the gate is taken off `module`: undo `attach`."""
+
+    def notes(self) -> str:
+        """Anything that `describe` should add for this module, such as what is computed another way."""
+        return ""
+
+    def rates(self) -> Iterator[RateGate]:
+        """The parts of this gate with a rate that a schedule may drive."""
+        return iter(())
+
+    def extra_repr(self) -> str:
+        return repr(self.patch)
+
+
+class RateGate(nn.Dropout, Gate):
+    """A gate with a random rate: an `nn.Dropout` with `.p`, so that everything that switches dropout off reaches it.
+
+    The rate in force, `p * factor`, lives in the non-persistent buffer `rate`, so that a schedule never recompiles the
+    model. `active` is False at rate 0: then nothing is drawn and the model runs as if unpatched.
+    """
+
+    rate: torch.Tensor
+
+    def __init__(self, patch: Patch) -> None:
+        Gate.__init__(self, patch)
+        self.inplace = False
+        self._p, self._factor, self.active = 0.0, 1.0, False
+        self.register_buffer("rate", torch.zeros(()), persistent=False)
+        self.p = getattr(patch, patch.rate_field or "")
+
+    @property  # type: ignore[override]
+    def p(self) -> float:
+        return self._p
+
+    @p.setter
+    def p(self, value: float) -> None:
+        check_range(self.patch.name, "p", value, 0, 1, closed=True)
+        self._p = float(value)
+        self._refresh()
+
+    @property
+    def factor(self) -> float:
+        """What the schedule multiplies `p` with; `p` itself stays what the user, or `disable_dropout`, set."""
+        return self._factor
+
+    @factor.setter
+    def factor(self, value: float) -> None:
+        self._factor = float(value)
+        self._refresh()
+
+    def _refresh(self) -> None:
+        rate = min(self._p * self._factor, 1.0)
+        self.active = rate > 0
+        with torch.no_grad():
+            self.rate.fill_(rate)
+
+    def _apply(self, fn: Any, recurse: bool = True) -> RateGate:
+        super()._apply(fn, recurse)  # moves the buffer; a cast to bf16 or a `to_empty` must not change the rate
+        self.rate = torch.full((), self._p * self._factor, dtype=torch.float32, device=self.rate.device)
+        return self
+
+    def enabled(self) -> bool:
+        return self.training and self.active
+
+    def rates(self) -> Iterator[RateGate]:
+        yield self
+
+    def extra_repr(self) -> str:
+        return f"p={self._p:g}, factor={self._factor:g}, {self.patch!r}"
+
+    def forward(self, input: torch.Tensor) -> torch.Tensor:
+        """Never called by the seam; the identity, so that a stray call does no harm."""
+        return input

@@ -1,0 +1,126 @@
+"""`describe`: what is patched, in a terminal and in a notebook."""
+
+from __future__ import annotations
+
+import io
+from dataclasses import dataclass, fields
+from typing import Any
+
+from rich.console import Console
+from rich.table import Table
+from torch import nn
+
+from .base import Gate, Patch
+from .patching import unwrap
+from .seams import SEAM, AttentionSite, find_attention, find_uncovered
+
+
+__all__ = ["Description", "Row", "describe"]
+
+
+@dataclass(frozen=True)
+class Row:
+    """One method in one sub-model."""
+
+    method: str
+    settings: str
+    submodel: str
+    patched: int
+    found: int
+    backend: str
+    now: str
+    notes: str
+
+
+@dataclass(frozen=True)
+class Description:
+    """What `describe` found. `print` it for a table; a notebook shows it as HTML.
+
+    Args:
+        model (`str`): class and model type.
+        rows (`list[Row]`): a row per method and sub-model.
+        uncovered (`dict[str, int]`): token-mixing modules that no patch can reach, by class.
+    """
+
+    model: str
+    rows: list[Row]
+    found: int
+    uncovered: dict[str, int]
+
+    def _table(self) -> Table:
+        table = Table(title=self.model, title_justify="left", caption=self._caption(), caption_justify="left")
+        for name in ("method", "settings", "sub-model", "patched / found", "backend", "now", "notes"):
+            table.add_column(name, overflow="fold")
+        for row in self.rows:
+            counts = f"{row.patched} / {row.found}"
+            table.add_row(row.method, row.settings, row.submodel, counts, row.backend, row.now, row.notes)
+        return table
+
+    def _caption(self) -> str:
+        lines = [] if self.rows else [f"No patch. {self.found} attention modules can be patched."]
+        if self.uncovered:
+            names = ", ".join(f"{count} x {name}" for name, count in self.uncovered.items())
+            lines.append(f"Out of reach, runs unregularized: {names}.")
+        return "\n".join(lines)
+
+    def _render(self, **options: Any) -> Console:
+        console = Console(record=True, file=io.StringIO(), **options)
+        console.print(self._table())
+        return console
+
+    def __str__(self) -> str:
+        return self._render(width=120).export_text(styles=False).rstrip("\n")
+
+    def _repr_html_(self) -> str:
+        return self._render(width=140).export_html(inline_styles=True, code_format="<pre>{code}</pre>")
+
+
+def _settings(patch: Patch) -> str:
+    """The settings that differ from the defaults, and the rate."""
+    shown = []
+    defaults = {f.name: f.default for f in fields(patch)}
+    for name, value in patch.settings().items():
+        if name == patch.rate_field or value != defaults[name]:
+            shown.append(f"{name}={value!r}")
+    return ", ".join(shown)
+
+
+def _now(gate: Gate) -> str:
+    rates = [part.p * part.factor for part in gate.rates()]
+    if not rates:
+        return "always on"
+    rate = ", ".join(f"{rate:g}" for rate in rates)
+    return f"{rate} in training" if gate.training else f"off (eval); {rate} in training"
+
+
+def describe(model: nn.Module) -> Description:
+    """Which methods are on `model`, with which settings, on how many of the attention modules of each sub-model.
+
+    Args:
+        model (`nn.Module`): any transformers model, patched or not, in any wrapper.
+
+    Returns:
+        [`Description`]: `print` it, or leave it to the notebook.
+    """
+    inner = unwrap(model)
+    sites = find_attention(inner)
+    groups: dict[tuple[str, str], list[tuple[AttentionSite, Gate]]] = {}
+    for site in sites:
+        seam = site.module._modules.get(SEAM)
+        for name, gate in seam._modules.items() if seam is not None else ():
+            groups.setdefault((name, site.submodel), []).append((site, gate))  # type: ignore[arg-type]
+    rows = []
+    for (name, submodel), members in groups.items():
+        site, gate = members[0]
+        found = [other for other in sites if other.submodel == submodel and gate.patch.accepts(other)]
+        backends = sorted({str(m.implementation) if m.kind == "interface" else f"own code ({m.kind})" for m, _ in members})
+        notes = sorted({text for _, member in members if (text := member.notes())})
+        rows.append(
+            Row(
+                name, _settings(gate.patch), f"{submodel or 'model'} ({site.submodel_class})", len(members), len(found),
+                ", ".join(backends), _now(gate), "; ".join(notes),
+            )
+        )  # fmt: skip
+    kind = getattr(getattr(inner, "config", None), "model_type", None)
+    title = f"{type(inner).__name__} ({kind})" if kind else type(inner).__name__
+    return Description(title, rows, len(sites), find_uncovered(inner, sites))

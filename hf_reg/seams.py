@@ -1,0 +1,272 @@
+"""Where a transformers model can be touched: its attention modules, and the one function that they all call.
+
+transformers sends nearly every attention module through `AttentionInterface.get_interface`. That method is wrapped once, at
+the first `patch_model`; what it returns looks for a child named `hf_reg` on the *calling module* and, without one, calls
+straight through. So no forward is copied or replaced, no configuration changes, and other models are left alone.
+"""
+
+from __future__ import annotations
+
+import functools
+import inspect
+import re
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass, field
+from types import CodeType
+from typing import Any
+
+import torch
+from torch import nn
+from transformers.modeling_utils import AttentionInterface, PreTrainedModel
+
+from . import masks
+from .base import Gate
+
+
+__all__ = ["SEAM", "AttentionSeam", "AttentionSite", "find_attention", "find_uncovered", "gates", "install"]
+
+SEAM = "hf_reg"  # name of the child module that carries the gates
+CROSS = re.compile(r"cross|encoder_?attn|EncDec|encoder_decoder_attention", re.IGNORECASE)
+OWN = re.compile(r"attention|attn|mamba|deltanet|mixer2?$|rwkv|lightning|recurrent|longconv", re.IGNORECASE)
+
+
+class AttentionSeam(nn.Module):
+    """The gates of one attention module, in the order in which they were attached."""
+
+    def __init__(self, kind: str, prefix: bool) -> None:
+        super().__init__()
+        self.kind = kind
+        self.prefix = prefix  # the module takes a cache, so keys before the queries are cached ones
+        self.ran = False
+
+    def __setstate__(self, state: dict[str, Any]) -> None:
+        install()  # a pickled or deep-copied model may wake up in a process that never called patch_model
+        super().__setstate__(state)
+
+    def enabled(self) -> list[Gate]:
+        return [gate for gate in self._modules.values() if gate.enabled()]  # type: ignore[union-attr, operator]
+
+    def attend(
+        self,
+        function: Callable[..., Any],
+        implementation: str | None,
+        module: nn.Module,
+        query: torch.Tensor,
+        key: torch.Tensor,
+        value: torch.Tensor,
+        attention_mask: Any,
+        spared: torch.Tensor | None,
+        kwargs: dict[str, Any],
+    ) -> tuple[torch.Tensor, torch.Tensor | None]:
+        """The model's own attention `function` with the gates applied: mask first, heads last."""
+        enabled = self.enabled()
+        if not enabled:
+            return function(module, query, key, value, attention_mask, **kwargs)
+        self.ran = True
+        for gate in enabled:
+            if gate.hides:
+                attention_mask = masks.narrow(
+                    gate, implementation, module, query, key, attention_mask, self.prefix, spared, kwargs
+                )
+            if gate.replaces_dropout and kwargs.get("dropout"):
+                kwargs = {**kwargs, "dropout": 0.0}
+        for gate in enabled:
+            function = gate.wrap(function)
+        output, weights = function(module, query, key, value, attention_mask, **kwargs)
+        for gate in enabled:
+            scales = gate.scales(output.shape[0], output.shape[2], output.device)
+            if scales is not None:
+                output = output * scales.to(output.dtype)[:, None, :, None]
+        return output, weights
+
+
+def _attend(
+    function: Callable[..., Any],
+    implementation: str | None,
+    module: nn.Module,
+    query: torch.Tensor,
+    key: torch.Tensor,
+    value: torch.Tensor,
+    attention_mask: Any = None,
+    **kwargs: Any,
+) -> Any:
+    spared = kwargs.pop(masks.SPARED, None)
+    seam = module._modules.get(SEAM)
+    if seam is None:
+        return function(module, query, key, value, attention_mask, **kwargs)
+    return seam.attend(function, implementation, module, query, key, value, attention_mask, spared, kwargs)  # type: ignore
+
+
+def install() -> None:
+    """Wrap `AttentionInterface.get_interface`, once per process."""
+    original = AttentionInterface.get_interface
+    if getattr(original, "_hf_reg", False):
+        return
+
+    @functools.wraps(original)
+    def get_interface(self: AttentionInterface, attn_implementation: str, default: Callable[..., Any]) -> Any:
+        return functools.partial(_attend, original(self, attn_implementation, default), attn_implementation)
+
+    get_interface._hf_reg = True  # type: ignore[attr-defined]
+    AttentionInterface.get_interface = get_interface  # type: ignore[method-assign]
+
+
+@dataclass(frozen=True)
+class AttentionSite:
+    """One attention module of a model, and what is known about it without running the model."""
+
+    module: nn.Module = field(repr=False)
+    path: str
+    submodel: str  # path of the innermost PreTrainedModel that holds it; "" is the model itself
+    submodel_class: str
+    layer: int  # index within the sub-model's list of layers
+    layers: int  # length of that list
+    cross: bool
+    heads: int | None
+    kind: str  # "interface", "mask_argument" or "operations": how it is reached (own_attention.py)
+    prefix: bool  # whether it takes a key/value cache
+
+    @property
+    def implementation(self) -> str | None:
+        """The attention backend that the module's configuration asks for."""
+        return getattr(getattr(self.module, "config", None), "_attn_implementation", None)
+
+
+def _names(code: CodeType) -> Iterator[str]:
+    yield from code.co_names
+    for constant in code.co_consts:
+        if isinstance(constant, CodeType):
+            yield from _names(constant)
+
+
+def _functions(function: Any) -> Iterator[Any]:
+    """`function` and what its decorators hide: `__wrapped__` and closure cells."""
+    while function is not None:
+        if hasattr(function, "__code__"):
+            yield function
+        for cell in getattr(function, "__closure__", None) or ():
+            inner = cell.cell_contents
+            if hasattr(inner, "__code__") and inner is not getattr(function, "__wrapped__", None):
+                yield inner
+        function = getattr(function, "__wrapped__", None)
+
+
+@functools.cache
+def class_names(cls: type[nn.Module]) -> frozenset[str]:
+    """Every global and attribute name used in the methods of `cls` and its bases below `nn.Module`."""
+    found: set[str] = set()
+    for base in cls.__mro__:
+        if base in (nn.Module, object):
+            continue
+        for member in vars(base).values():
+            for function in _functions(getattr(member, "__func__", member)):
+                found.update(_names(function.__code__))
+    return frozenset(found)
+
+
+def uses_interface(module: nn.Module) -> bool:
+    """Whether the class of `module` dispatches its attention through transformers' interface."""
+    return not isinstance(module, PreTrainedModel) and "ALL_ATTENTION_FUNCTIONS" in class_names(type(module))
+
+
+def takes_argument(module: nn.Module, *names: str) -> bool:
+    return not set(names).isdisjoint(inspect.signature(module.forward).parameters)
+
+
+def count_heads(module: nn.Module) -> int | None:
+    config = getattr(module, "config", None)
+    for owner in (module, config):
+        for name in ("num_heads", "num_attention_heads", "n_heads", "n_head", "encoder_attention_heads"):
+            value = getattr(owner, name, None)
+            if isinstance(value, int):
+                return value
+    return None
+
+
+def _layer_lists(model: nn.Module) -> dict[str, nn.ModuleList]:
+    return {name: module for name, module in model.named_modules() if isinstance(module, nn.ModuleList) and len(module)}
+
+
+def _layer_key(path: str, lists: dict[str, nn.ModuleList]) -> tuple[str, ...]:
+    """The path of the layer that holds `path`, as the names of the lists' elements from the outermost to the one taken.
+
+    The innermost list of like modules is the list of layers (Swin: the blocks of a stage); a list of unlike modules, such as
+    the sub-layers of a T5 block, counts only when there is no other.
+    """
+    parts = path.split(".")
+    on_path = [".".join(parts[:i]) for i in range(1, len(parts)) if ".".join(parts[:i]) in lists and parts[i].isdigit()]
+    alike = [name for name in on_path if len({type(element) for element in lists[name]}) == 1]
+    if alike:
+        on_path = on_path[: on_path.index(alike[-1]) + 1]
+        on_path = [name for name in on_path if name in alike]
+    else:
+        on_path = on_path[:1]
+    return tuple(f"{name}.{parts[len(name.split('.'))]}" for name in on_path)
+
+
+def find_attention(model: nn.Module) -> list[AttentionSite]:
+    """Every attention module of `model` that can be patched, in the order of `named_modules`."""
+    from .own_attention import reach
+
+    lists = _layer_lists(model)
+    pretrained = {name: type(module).__name__ for name, module in model.named_modules() if isinstance(module, PreTrainedModel)}
+    found: list[tuple[str, nn.Module, str]] = []
+    for path, module in model.named_modules():
+        kind = "interface" if uses_interface(module) else reach(module)
+        if kind is not None:
+            found.append((path, module, kind))
+    reached = [path for path, _, _ in found]
+    found = [  # of nested own-code modules only the innermost one computes attention
+        (path, module, kind)
+        for path, module, kind in found
+        if kind == "interface" or not any(other.startswith(f"{path}.") for other in reached)
+    ]
+    numbered: dict[str, dict[tuple[str, ...], int]] = {}
+    single: dict[tuple[str, ...], int] = {}
+    rows = []
+    for path, module, kind in found:
+        submodel = max((name for name in pretrained if not name or path.startswith(f"{name}.")), key=len, default="")
+        key = _layer_key(path, lists) or (path,)
+        order = numbered.setdefault(submodel, {})
+        order.setdefault(key, len(order))
+        if len(key) == 1 and key[0] != path:  # one plain list: the index users see in the model is the layer's number
+            single[key] = int(key[0].rsplit(".", 1)[1])
+        rows.append((path, module, kind, submodel, key))
+    sites = []
+    for path, module, kind, submodel, key in rows:
+        plain = len({k[0].rsplit(".", 1)[0] for k in numbered[submodel]}) == 1 and all(k in single for k in numbered[submodel])
+        layer = single[key] if plain else numbered[submodel][key]
+        total = len(lists[key[0].rsplit(".", 1)[0]]) if plain else len(numbered[submodel])
+        cross = bool(getattr(module, "is_cross_attention", False)) or bool(
+            CROSS.search(type(module).__name__) or CROSS.search(path.removeprefix(f"{submodel}.") if submodel else path)
+        )
+        name = pretrained.get(submodel, type(model).__name__)
+        sites.append(AttentionSite(module, path, submodel, name, layer, total, cross, count_heads(module), kind,
+                takes_argument(module, "past_key_values", "past_key_value", "layer_past")))
+    return sites
+
+
+def find_uncovered(model: nn.Module, sites: list[AttentionSite]) -> dict[str, int]:
+    """Modules that mix tokens but are out of reach (linear attention, state spaces, own kernels): class name -> count."""
+    reached = {site.path for site in sites}
+    uncovered: dict[str, int] = {}
+    taken: list[str] = []
+    for path, module in model.named_modules():
+        if not OWN.search(type(module).__name__) or next(module.parameters(), None) is None:
+            continue
+        if any(path == r or r.startswith(f"{path}.") or path.startswith(f"{r}.") for r in reached):
+            continue
+        if isinstance(module, PreTrainedModel) or any(path.startswith(f"{t}.") for t in taken):
+            continue
+        if any(OWN.search(type(child).__name__) and next(child.parameters(), None) is not None for child in module.children()):
+            continue
+        taken.append(path)
+        uncovered[type(module).__name__] = uncovered.get(type(module).__name__, 0) + 1
+    return uncovered
+
+
+def gates(model: nn.Module) -> Iterator[Gate]:
+    """Every live gate in `model`."""
+    for module in model.modules():
+        if isinstance(module, AttentionSeam):
+            yield from module.children()  # type: ignore[misc]
