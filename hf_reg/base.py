@@ -84,7 +84,7 @@ class Patch:
         """Whether this method is meant for `site` (TLM: self-attention only)."""
         return True
 
-    def check(self, site: AttentionSite) -> None:
+    def check(self, model: nn.Module, site: AttentionSite) -> None:
         """Raise `ValueError` when the method cannot work at `site`; called for every site before anything changes."""
 
     def gate(self, site: AttentionSite) -> Gate:
@@ -130,10 +130,7 @@ class Gate(nn.Module):
         return None
 
     def attach(self, model: nn.Module, site: AttentionSite) -> None:
-        """Called once the gate stands in `site.module`: the place to leave hooks (subclasses of `SeamHook`)."""
-
-    def detach(self, module: nn.Module) -> None:
-        """Called when the gate is taken off `module`: undo `attach`."""
+        """Called once the gate stands in `site.module`: the place to leave hooks (`SeamHook`s owned by the gate)."""
 
     def notes(self) -> str:
         """Anything that `describe` should add for this module, such as what is computed another way."""

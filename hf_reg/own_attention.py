@@ -12,7 +12,7 @@ Two ways, both by hooks on the attention module (nothing is replaced, nothing ru
 from __future__ import annotations
 
 import re
-from collections.abc import Callable
+from collections.abc import Callable, Collection
 from typing import TYPE_CHECKING, Any
 
 import torch
@@ -53,6 +53,8 @@ def reach(module: nn.Module) -> str | None:
 
 class SeamHook:
     """Base of the hooks that a patch leaves on modules: plain objects, so that copies and pickles of a model own theirs."""
+
+    owner: Any = None  # the gate or seam that the hook works for
 
 
 class NarrowArgument(SeamHook):
@@ -101,10 +103,10 @@ class KeepProbabilities(SeamHook):
     """Forward hook on the module's probability dropout: hands its input on while a gate replaces dropout."""
 
     def __init__(self, seam: AttentionSeam) -> None:
-        self.seam = [seam]  # in a list: not to be registered as anybody's child
+        self.owner = seam
 
     def __call__(self, module: nn.Module, args: Any, output: Any) -> Any:
-        return args[0] if any(gate.replaces_dropout for gate in self.seam[0].enabled()) else None
+        return args[0] if any(gate.replaces_dropout for gate in self.owner.enabled()) else None
 
 
 class _Operations(TorchFunctionMode):
@@ -196,13 +198,14 @@ def connect(module: nn.Module, seam: AttentionSeam, kind: str) -> None:
         module.register_forward_hook(LeaveOperations(), always_call=True)
 
 
-def disconnect(module: nn.Module, kind: type[SeamHook] = SeamHook) -> None:
-    """Remove every hook of `kind` from `module`, wherever it was copied or loaded from."""
+def disconnect(module: nn.Module, owners: Collection[Any] = ()) -> None:
+    """Remove from `module` the hooks of `owners` (none: those without an owner), also on a copied or loaded model."""
+    wanted = {id(owner) for owner in owners} or {id(None)}
     for hooks, extras in (
         (module._forward_pre_hooks, (module._forward_pre_hooks_with_kwargs,)),
         (module._forward_hooks, (module._forward_hooks_with_kwargs, module._forward_hooks_always_called)),
     ):
-        for key in [key for key, hook in hooks.items() if isinstance(hook, kind)]:
+        for key in [key for key, hook in hooks.items() if isinstance(hook, SeamHook) and id(hook.owner) in wanted]:
             del hooks[key]
             for extra in extras:
                 extra.pop(key, None)

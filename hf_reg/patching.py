@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import difflib
 import warnings
-from collections.abc import Iterator, Sequence
+from collections.abc import Collection, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import fields
 from functools import cache
@@ -155,41 +155,42 @@ def _plan(
         raise ValueError(f"{patch.name} found nothing to patch in {kind!r}: {reason}.")
     chosen = select(model, patch, accepted)
     for site in chosen:
-        patch.check(site)
+        patch.check(model, site)
     return [(site, patch.gate(site)) for site in chosen]
 
 
 def _attach(model: nn.Module, patch: Patch, gates: list[tuple[AttentionSite, Gate]]) -> None:
-    chosen = {site.path for site, _ in gates}
-    for path, module in list(model.named_modules()):
-        if SEAM in module._modules and path not in chosen:
-            _detach(module, patch.name)  # the new settings select other modules than the old ones
+    chosen = {site.module for site, _ in gates}
+    _detach(model, patch.name, keep_seams=chosen)
     for site, gate in gates:
         seam = site.module._modules.get(SEAM)
         if seam is None:
             seam = AttentionSeam(site.kind, site.prefix)
             site.module.add_module(SEAM, seam)
             connect(site.module, seam, site.kind)
-        elif patch.name in seam._modules:
-            seam._modules[patch.name].detach(site.module)  # type: ignore[union-attr]
         reference = next(site.module.parameters(), None)
         if reference is not None:
             gate.to(reference.device)
-        gate.train(site.module.training)
-        seam.train(site.module.training)
         seam.add_module(patch.name, gate)
+        seam.train(site.module.training)
         gate.attach(model, site)
 
 
-def _detach(module: nn.Module, name: str | None) -> None:
-    seam = module._modules[SEAM]
-    for key in [key for key in seam._modules if name in (None, key)]:  # type: ignore[union-attr]
-        seam._modules.pop(key).detach(module)  # type: ignore[union-attr]
-    if not seam._modules:  # type: ignore[union-attr]
-        del module._modules[SEAM]
-        disconnect(module)
-        for child in module.children():
-            disconnect(child)
+def _detach(model: nn.Module, name: str | None, keep_seams: Collection[nn.Module] = ()) -> None:
+    """Take the gates called `name` (None: all) off, with their hooks, and then the seams that carry nothing any more."""
+    modules = list(model.modules())
+    removed: list[Any] = []
+    for module in modules:
+        seam = module._modules.get(SEAM)
+        if seam is None:
+            continue
+        removed += [seam._modules.pop(key) for key in list(seam._modules) if name in (None, key)]
+        if not seam._modules and module not in keep_seams:
+            removed.append(module._modules.pop(SEAM))
+            disconnect(module)
+    for module in modules:
+        if removed:
+            disconnect(module, removed)
 
 
 def _warn_partial(patch: Patch, gates: list[Any], sites: list[AttentionSite], uncovered: dict[str, int]) -> None:
@@ -228,8 +229,7 @@ def unpatch_model(model: Model, patch: str | None = None) -> Model:
         raise ValueError(f"{patch!r} is not on this model; it carries {', '.join(present) or 'no patch'}.")
     if seams:
         _forget_compiled()
-    for module in seams:
-        _detach(module, patch)
+        _detach(inner, patch)
     return model
 
 

@@ -123,6 +123,7 @@ class AttentionSite:
     layers: int  # length of that list
     cross: bool
     heads: int | None
+    groups: int | None  # key/value heads, each shared by heads / groups query heads
     kind: str  # "interface", "mask_argument" or "operations": how it is reached (own_attention.py)
     prefix: bool  # whether it takes a key/value cache
 
@@ -183,6 +184,17 @@ def count_heads(module: nn.Module) -> int | None:
     return None
 
 
+def count_groups(module: nn.Module) -> int | None:
+    heads = count_heads(module)
+    for owner in (module, getattr(module, "config", None)):
+        groups, repeats = getattr(owner, "num_key_value_heads", None), getattr(owner, "num_key_value_groups", None)
+        if isinstance(groups, int):
+            return groups
+        if heads is not None and isinstance(repeats, int):
+            return heads // repeats
+    return heads
+
+
 def _layer_lists(model: nn.Module) -> dict[str, nn.ModuleList]:
     return {name: module for name, module in model.named_modules() if isinstance(module, nn.ModuleList) and len(module)}
 
@@ -241,7 +253,7 @@ def find_attention(model: nn.Module) -> list[AttentionSite]:
             CROSS.search(type(module).__name__) or CROSS.search(path.removeprefix(f"{submodel}.") if submodel else path)
         )
         name = pretrained.get(submodel, type(model).__name__)
-        sites.append(AttentionSite(module, path, submodel, name, layer, total, cross, count_heads(module), kind,
+        sites.append(AttentionSite(module, path, submodel, name, layer, total, cross, count_heads(module), count_groups(module), kind,
                 takes_argument(module, "past_key_values", "past_key_value", "layer_past")))
     return sites
 

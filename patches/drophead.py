@@ -2,13 +2,16 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from dataclasses import dataclass
-from typing import ClassVar
+from typing import Any, ClassVar
 
 import torch
+from torch import nn
 
 from hf_reg.base import Patch, RateGate, check_choice, check_range
 from hf_reg.seams import AttentionSite
+from hf_reg.skipping import attend_kept, connect_projections
 
 
 __all__ = ["DropHead", "drop_heads", "keep_heads"]
@@ -102,15 +105,55 @@ class DropHead(Patch):
     def accepts(self, site: AttentionSite) -> bool:
         return self.attention == "all" or site.cross == (self.attention == "cross")
 
+    def check(self, model: nn.Module, site: AttentionSite) -> None:
+        if not self.skip:
+            return
+        if site.kind != "interface":
+            raise ValueError(f"drophead: skip=True cannot reach {site.path}, which has attention code of its own; use skip=False.")
+        if site.groups == 1:
+            raise ValueError(f"drophead: {site.path} has a single key/value group, so nothing can be skipped; use skip=False.")
+
     def gate(self, site: AttentionSite) -> DropHeadGate:
-        return DropHeadGate(self)
+        return DropHeadGate(self, site)
 
 
 class DropHeadGate(RateGate):
-    """Draws the heads of one module and scales their outputs."""
+    """Draws the heads of one module, and scales their outputs or leaves them out."""
 
     patch: DropHead
 
-    def scales(self, batch: int, heads: int, device: torch.device) -> torch.Tensor:
-        rows = batch if self.patch.granularity == "example" else 1
-        return _scales(keep_heads(rows, heads, self.rate, device), self.patch.rescale, self.rate)
+    def __init__(self, patch: DropHead, site: AttentionSite) -> None:
+        super().__init__(patch)
+        self.heads, self.groups = site.heads, site.groups or 1
+        self.kept: torch.Tensor | None = None  # the groups of this pass, where its projections are sliced
+        self.slicing, self.forced = False, False
+        self.sliceable: bool | None = None  # None until the first training step has tried
+
+    def enabled(self) -> bool:
+        return self.forced or super().enabled()
+
+    def scales(self, batch: int, heads: int, device: torch.device) -> torch.Tensor | None:
+        if not self.patch.skip:
+            rows = batch if self.patch.granularity == "example" else 1
+            return _scales(keep_heads(rows, heads, self.rate, device), self.patch.rescale, self.rate)
+        if not torch.compiler.is_compiling():
+            return None  # done by `wrap`
+        keep = keep_heads(1, self.groups, self.rate, device).repeat_interleave(heads // self.groups, dim=1)
+        return _scales(keep, self.patch.rescale, self.rate)
+
+    def draw_groups(self) -> torch.Tensor:
+        """The key/value groups to compute. Drawn on the host, which has to know them before it launches anything."""
+        return keep_heads(1, self.groups, self.p * self.factor)[0].nonzero()[:, 0]
+
+    def wrap(self, function: Callable[..., Any]) -> Callable[..., Any]:
+        return attend_kept(self, function) if self.patch.skip and not torch.compiler.is_compiling() else function
+
+    def attach(self, model: nn.Module, site: AttentionSite) -> None:
+        if self.patch.skip and not connect_projections(model, site.path, self):
+            self.sliceable = False
+
+    def notes(self) -> str:
+        if not self.patch.skip:
+            return ""
+        how = {None: "slices projections if the first step agrees", True: "projections sliced", False: "skips attention only"}
+        return how[self.sliceable]

@@ -7,6 +7,7 @@ from dataclasses import dataclass, field
 from typing import ClassVar
 
 import torch
+from torch import nn
 
 from hf_reg.base import Gate, Patch, check_choice
 from hf_reg.seams import AttentionSite
@@ -51,7 +52,7 @@ class HeadMask(Patch):
     def chosen(self, site: AttentionSite) -> tuple[int, ...]:
         return (*self.heads.get(site.layer, ()), *self.heads.get(site.layer - site.layers, ()))
 
-    def check(self, site: AttentionSite) -> None:
+    def check(self, model: nn.Module, site: AttentionSite) -> None:
         beyond = [head for head in self.chosen(site) if site.heads is not None and not -site.heads <= head < site.heads]
         if beyond:
             raise ValueError(f"head_mask: {site.path or 'the model'} has {site.heads} heads, but heads {beyond} are named.")

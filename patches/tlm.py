@@ -4,23 +4,19 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from dataclasses import dataclass
-from typing import Any, ClassVar
+from typing import ClassVar
 
 import torch
+from torch import nn
 
 from hf_reg.base import Patch, RateGate, check_choice, check_range
 from hf_reg.masks import BlockView, TokenView, refuse_backend
+from hf_reg.token_masks import HIDE, hide_tokens, hide_tokens_by_rows, token_mask_mod
 from hf_reg.seams import AttentionSite
+from hf_reg.sparing import spare_tokens, takes_ids
 
 
 __all__ = ["TLM", "token_level_mask"]
-
-
-def _hidden(selected: torch.Tensor, self_masked: torch.Tensor, hide: str) -> torch.Tensor:
-    """The columns, (B, Tk) bool, that ordinary rows lose."""
-    if hide == "selected":
-        return selected
-    return selected & ~self_masked if hide == "siblings" else torch.zeros_like(selected)
 
 
 def token_level_mask(
@@ -47,53 +43,8 @@ def token_level_mask(
     Raises:
         `ValueError`: for an unknown `hide`, or shapes that do not fit.
     """
-    check_choice("token_level_mask", "hide", hide, TLM.HIDE)
-    queries, keys = allowed.shape[-2:]
-    if selected.shape[-1] != keys or selected.shape != self_masked.shape or allowed.dim() not in (3, 4) or keys < queries:
-        raise ValueError(
-            f"allowed {tuple(allowed.shape)}, selected {tuple(selected.shape)}, self_masked {tuple(self_masked.shape)}: "
-            "expected (B, 1 | H, Tq, Tk) or (B, Tq, Tk), (B, Tk) and (B, Tk) with Tq <= Tk."
-        )
-    grid = allowed if allowed.dim() == 4 else allowed[:, None]
-    offset = keys - queries
-    own = torch.arange(keys, device=grid.device) == torch.arange(offset, keys, device=grid.device)[:, None]
-    real = torch.nn.functional.pad(grid.diagonal(offset, dim1=-2, dim2=-1).any(1), (offset, 0))
-    selected = selected & real
-    hidden = _hidden(selected, self_masked, hide)[:, None, None, :]
-    row_selected, row_self = (rows[:, None, offset:, None] for rows in (selected, self_masked))
-    visible = grid & torch.where(row_selected, own ^ row_self, ~hidden)
-    visible = torch.where(visible.any(-1, keepdim=True), visible, grid)
-    return visible if allowed.dim() == 4 else visible[:, 0]
-
-
-def _write_rows(view: TokenView, selected: torch.Tensor, self_masked: torch.Tensor, hide: str) -> torch.Tensor:
-    """[`token_level_mask`] by writing only the selected rows and columns into one buffer: several times faster on a CPU.
-
-    The number of selected rows is data, so this is for eager execution without a device to synchronise with.
-    """
-    columns = ~_hidden(selected, self_masked, hide)[:, None, None, :]
-    if view.allowed is None:
-        visible = columns.expand(view.batch, 1, view.queries, view.keys).contiguous()
-        base = None
-    else:
-        visible = view.allowed & columns
-        base = view.allowed.expand_as(visible)
-    batch, row = selected[:, view.offset :].nonzero(as_tuple=True)
-    own = row + view.offset
-    takes_self = self_masked[batch, own]
-    keep = takes_self[:, None].expand(-1, view.keys)
-    rows = keep.clone() if base is None else base[batch, 0, row] & keep
-    rows.scatter_(1, own[:, None], ~takes_self[:, None])
-    if base is not None or view.keys == 1:
-        was = torch.ones_like(rows) if base is None else base[batch, 0, row]
-        rows = torch.where(rows.any(-1, keepdim=True), rows, was)
-    visible[batch, 0, row] = rows
-    if base is not None:  # rows of padding are never selected but may have lost every real token
-        batch, row = (~view.real().expand(view.batch, -1)).nonzero(as_tuple=True)  # type: ignore[union-attr]
-        if batch.numel():
-            left, was = visible[batch, 0, row], base[batch, 0, row]
-            visible[batch, 0, row] = torch.where(left.any(-1, keepdim=True), left, was)
-    return visible
+    check_choice("token_level_mask", "hide", hide, HIDE)
+    return hide_tokens(allowed, selected, self_masked, hide)
 
 
 @dataclass(frozen=True)
@@ -133,7 +84,6 @@ class TLM(Patch):
     rate_field: ClassVar[str] = "rate"
     MODES: ClassVar[tuple[str, ...]] = ("siblings", "self", "both")
     COINS: ClassVar[tuple[str, ...]] = ("token", "example", "batch")
-    HIDE: ClassVar[tuple[str, ...]] = ("selected", "siblings", "none")
 
     rate: float = 0.1
     mode: str = "both"
@@ -146,15 +96,19 @@ class TLM(Patch):
         check_range("tlm", "rate", self.rate, 0, 1)
         check_choice("tlm", "mode", self.mode, self.MODES)
         check_choice("tlm", "coin", self.coin, self.COINS)
-        check_choice("tlm", "hide", self.hide, self.HIDE)
+        check_choice("tlm", "hide", self.hide, HIDE)
         object.__setattr__(self, "spare_token_ids", tuple(int(i) for i in self.spare_token_ids))
         super().__post_init__()
 
     def accepts(self, site: AttentionSite) -> bool:
         return not site.cross
 
-    def check(self, site: AttentionSite) -> None:
+    def check(self, model: nn.Module, site: AttentionSite) -> None:
         refuse_backend(self.name, site.implementation)
+        if self.spare_token_ids:
+            if site.kind != "interface":
+                raise ValueError(f"tlm: spare_token_ids cannot reach {site.path}, which has attention code of its own.")
+            takes_ids(model, site.path)
 
     def gate(self, site: AttentionSite) -> TLMGate:
         return TLMGate(self)
@@ -170,22 +124,32 @@ class TLMGate(RateGate):
         super().__init__(patch)
         self.replaces_dropout = patch.replace_dropout
 
+    def attach(self, model: nn.Module, site: AttentionSite) -> None:
+        if self.patch.spare_token_ids:
+            spare_tokens(model, site.path, self, self.patch.spare_token_ids)
+
     def draw(self, view: TokenView | BlockView, real: torch.Tensor | None) -> tuple[torch.Tensor, torch.Tensor]:
-        """`selected` and `self_masked`, (B, Tk) bool each; cached keys are never selected."""
-        batch, queries, offset = view.batch, view.queries, view.offset
-        noise = torch.rand(2, batch, queries, device=view.device)
-        selected = noise[0] < self.rate
+        """`selected` and `self_masked`, (B, Tk) bool each; padding, spared and cached tokens are never selected."""
+        if self.patch.spare_token_ids and view.spared is None:
+            raise RuntimeError(
+                "tlm: the layers of this model do not hand keyword arguments on to their attention, so the tokens of "
+                "spare_token_ids are not known there. Patch with spare_token_ids=()."
+            )
+        noise = torch.rand(view.batch, view.queries, device=view.device)
+        selected = noise < self.rate
         for also in (real, None if view.spared is None else ~view.spared):
             if also is not None:
                 selected = selected & also
-        if self.patch.mode == "both":
-            coin = {"token": noise[1], "example": noise[1, :, :1], "batch": noise[1, :1, :1]}[self.patch.coin]
-            self_masked = (coin < 0.5).expand(batch, queries)
-        else:
+        if self.patch.mode != "both":
             self_masked = torch.full_like(selected, self.patch.mode == "self")
-        if offset:
+        elif self.patch.coin == "token":
+            self_masked = noise < self.rate / 2  # given that a token is selected, this is a fair coin
+        else:
+            coin = torch.rand(view.batch if self.patch.coin == "example" else 1, 1, device=view.device)
+            self_masked = (coin < 0.5).expand_as(selected)
+        if view.offset:
             pad = torch.nn.functional.pad
-            return pad(selected, (offset, 0)), pad(self_masked, (offset, 0))
+            return pad(selected, (view.offset, 0)), pad(self_masked, (view.offset, 0))
         return selected, self_masked
 
     def hide(self, view: TokenView) -> torch.Tensor:
@@ -194,20 +158,11 @@ class TLMGate(RateGate):
         allowed = view.allowed
         one_head = allowed is None or allowed.shape[1] == 1
         if one_head and view.device.type == "cpu" and not torch.compiler.is_compiling():
-            return _write_rows(view, selected, self_masked, self.patch.hide)
+            return hide_tokens_by_rows(view, real, selected, self_masked, self.patch.hide)
         if allowed is None:
             allowed = torch.ones(1, 1, view.queries, view.keys, dtype=torch.bool, device=view.device)
-        return token_level_mask(allowed, selected, self_masked, hide=self.patch.hide)
+        return hide_tokens(allowed, selected, self_masked, self.patch.hide)
 
-    def hide_blocks(self, view: BlockView) -> Callable[..., Any]:
+    def hide_blocks(self, view: BlockView) -> Callable[..., torch.Tensor]:
         selected, self_masked = self.draw(view, view.real())
-        if self.patch.mode != "siblings":
-            lonely = torch.nn.functional.pad(view.lonely(), (view.offset, 0))
-            self_masked = self_masked & ~lonely  # a token that sees only itself keeps itself
-        hidden, offset = _hidden(selected, self_masked, self.patch.hide), view.offset
-
-        def visible(b: Any, h: Any, q: Any, k: Any) -> torch.Tensor:
-            own = q + offset
-            return torch.where(selected[b, own], (k == own) ^ self_masked[b, own], ~hidden[b, k])
-
-        return visible
+        return token_mask_mod(view, selected, self_masked, self.patch.hide)

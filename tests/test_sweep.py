@@ -1,0 +1,62 @@
+"""Every architecture of the installed transformers, under every property of the matrix; writes tests/coverage.json.
+
+A property that does not hold for a type must be listed in `KNOWN` with its reason, and one that is listed must not hold.
+"""
+
+from __future__ import annotations
+
+import json
+from typing import Any
+
+import pytest
+
+from hf_reg.seams import find_attention
+
+from .architectures import MODEL_TYPES, NotBuilt, build
+from .conftest import PARTS
+from .known import KNOWN
+from .properties import PATCHES, PROPERTIES, Case, check
+
+
+def examine(model_type: str) -> dict[str, Any]:
+    """What holds for one type: forward, how its attention is reached, and a verdict per patch and property."""
+    found: dict[str, Any] = {"forward": True, "reached": {}, "complete": False, "patches": {}}
+    try:
+        tiny = build(model_type)
+    except NotBuilt as error:
+        return found | {"forward": str(error)[:200]}
+    for site in find_attention(tiny.model):
+        found["reached"][site.kind] = found["reached"].get(site.kind, 0) + 1
+    for patch in PATCHES if found["reached"] else ():
+        case = Case(model_type, patch, tiny)
+        verdicts = found["patches"][patch] = {}
+        for name in PROPERTIES:
+            try:
+                reason = check(case, name)
+                verdicts[name] = "holds" if reason is None else f"n/a: {reason}"
+            except Exception as error:  # whatever breaks is a verdict: the sweep goes on and the test below fails on it
+                verdicts[name] = f"BROKEN: {type(error).__name__}: {str(error)[:200]}"
+    verdicts = [verdict for patch in found["patches"].values() for verdict in patch.values()]
+    found["complete"] = bool(verdicts) and not any(verdict.startswith("BROKEN") for verdict in verdicts)
+    return found
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("model_type", MODEL_TYPES)
+def test_architecture(model_type: str) -> None:
+    found = examine(model_type)
+    broken = {
+        (patch, name): verdict
+        for patch, verdicts in found["patches"].items()
+        for name, verdict in verdicts.items()
+        if verdict.startswith("BROKEN")
+    }
+    known = KNOWN.get(model_type, {})
+    for patch, name in broken:
+        if name in known:
+            found["patches"][patch][name] += f" -- known: {known[name]}"
+    PARTS.mkdir(exist_ok=True)
+    (PARTS / f"{model_type}.json").write_text(json.dumps(found))
+    unexpected = {key: verdict for key, verdict in broken.items() if key[1] not in known}
+    assert not unexpected, unexpected
+    assert set(known) <= {name for _, name in broken}, f"listed as known, but it holds: {known}"
