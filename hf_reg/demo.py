@@ -27,14 +27,17 @@ __all__ = ["FULL", "QUICK", "SETTINGS", "Budget", "Run", "Setting", "run_demo"]
 
 @dataclass(frozen=True)
 class Budget:
-    """What every setting may use."""
+    """What every setting may use: enough for the unregularized model to over-fit visibly.
+
+    Chosen by looking at that model alone, under seeds (100, 101) that the demo does not use.
+    """
 
     steps: int = 60
     batch_size: int = 4
     labels_per_class: int = 4
     held_out_per_class: int = 30
     max_length: int = 32
-    learning_rate: float = 2e-4
+    learning_rate: float = 3e-4
     evaluate_every: int = 12
     warm_up: int = 3  # steps left out of the timing
 
@@ -84,7 +87,8 @@ class Run:
 
 def _batches(size: int, budget: Budget, seed: int) -> list[list[int]]:
     """The rows of every step: whole passes over the sample, each in a new order."""
-    draw, rows = random.Random(seed), []
+    draw = random.Random(seed)
+    rows: list[int] = []
     while len(rows) < budget.steps * budget.batch_size:
         rows += draw.sample(range(size), size)
     return [rows[i * budget.batch_size : (i + 1) * budget.batch_size] for i in range(budget.steps)]

@@ -47,10 +47,9 @@ class Comparison:
         interval = ""
         if self.half_width is not None:
             low, high = self.difference - self.half_width, self.difference + self.half_width
-            interval = f", 95 % interval {low:+.3f} to {high:+.3f}"
+            interval = f", 95 % [{low:+.3f}, {high:+.3f}]"
         return (
-            f"{self.setting} against {self.reference}: {self.verdict} "
-            f"(held-out loss {self.difference:+.3f}{interval})."
+            f"{self.setting} against {self.reference}: {self.verdict} (held-out loss {self.difference:+.3f}{interval})"
         )
 
 
@@ -101,9 +100,9 @@ def summarize(runs: Sequence[Run], settings: Sequence[Setting], default: str) ->
 def introduce(console: Console, articles: int, budget: Budget, seeds: Sequence[int]) -> None:
     """Say what is about to happen."""
     console.print(
-        f"MiniLM-L6 on BBC news: {articles} different articles in 5 classes. {budget.labels_per_class} labelled a class, "
-        f"{budget.held_out_per_class} a class held out, {budget.max_length} tokens of each; {budget.steps} steps of "
-        f"{budget.batch_size}; seeds {', '.join(map(str, seeds))}.",
+        f"MiniLM-L6 on BBC news: {articles} different articles in 5 classes. {budget.labels_per_class} a class are "
+        f"labelled, {budget.held_out_per_class} held out, {budget.max_length} tokens of each are read; {budget.steps} "
+        f"steps of {budget.batch_size}; seeds {', '.join(map(str, seeds))}.",
         highlight=False,
     )
 
@@ -143,7 +142,7 @@ def save_checkpoint(model: Any, tokenizer: Any, inputs: dict[str, torch.Tensor],
     return f"{folder}: reloaded with plain AutoModelForSequenceClassification, {verdict}"
 
 
-def _cell(values: Sequence[float], scale: float = 1.0, digits: int = 3) -> str:
+def _cell(values: Sequence[float], scale: float, digits: int) -> str:
     text = f"{mean(values) * scale:.{digits}f}"
     return text if len(values) < 2 else f"{text} ± {stdev(values) * scale:.{digits}f}"
 
@@ -163,9 +162,9 @@ def _table(summaries: Sequence[Summary], comparisons: dict[str, Comparison], ref
         table.add_row(
             row.setting,
             _cell(row.held_out_accuracy, 100, 1),
-            _cell(row.held_out_loss),
+            _cell(row.held_out_loss, 1, 2),
             _cell(row.accuracy_gap, 100, 1),
-            _cell(row.loss_gap),
+            _cell(row.loss_gap, 1, 2),
             f"{row.relative_step_time:.2f}",
             verdict,
         )
@@ -188,8 +187,8 @@ def conclude(
     seeds = len({run.seed for run in runs})
     spread = f"mean ± standard deviation over {seeds} seeds" if seeds > 1 else "one seed"
     console.print(
-        f"{spread}; gap: training against held-out articles; step time: in units of {default}, median over\n"
-        "steps that all settings take in turn",
+        f"{spread}; gap: training against held-out articles;\n"
+        f"step time: relative to {default}, median over steps that the settings take in turn",
         style="dim",
         highlight=False,
     )
@@ -243,8 +242,8 @@ def _draw(runs: Sequence[Run], settings: Sequence[Setting], path: Path) -> None:
                 axis.plot(steps, curve, color=colour, linewidth=0.7, alpha=0.45)
             average = [mean(values) for values in zip(*curves, strict=True)]
             axis.plot(steps, average, color=colour, linewidth=2.2, label=setting.name)
-        axis.set(title=title, xlabel="step", ylabel="loss", yscale="log")
-        axis.grid(alpha=0.25, which="both")
+        axis.set(title=title, xlabel="step", ylabel="loss", ylim=(0, None))
+        axis.grid(alpha=0.25)
         axis.spines[["top", "right"]].set_visible(False)
     axes[1].legend(frameon=False)
     figure.savefig(path, dpi=150)

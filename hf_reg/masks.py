@@ -163,7 +163,7 @@ def narrow(
                 return mask
             allowed = torch.ones(1, 1, queries, keys, dtype=torch.bool, device=query.device).tril()
     else:
-        mask = mask[..., :keys]
+        mask = mask[..., :keys].expand(-1, -1, queries, -1)
         allowed = mask if mask.dtype == torch.bool else mask > BLOCKED
     view = TokenView(allowed, batch, queries, keys, query.device, keys == queries or not causal, spared)
     visible = gate.hide(view)
@@ -197,7 +197,7 @@ def _narrow_blocks(
     blocks = mask.__dict__.get("_hf_reg_blocks")
     if blocks is None:
         dense = mask.to_dense()
-        blocks = dense.sum(-1, dtype=torch.int32), dense.argsort(-1, descending=True, stable=True).to(torch.int32)
+        blocks = dense.sum(-1, dtype=torch.int32), dense.argsort(dim=-1, descending=True, stable=True).to(torch.int32)
         mask._hf_reg_blocks = blocks
     view = BlockView(mask.mask_mod, batch, queries, keys, device, mask, spared)
     return BlockMask.from_kv_blocks(

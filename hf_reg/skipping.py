@@ -28,6 +28,7 @@ __all__ = ["Projection", "attend_kept", "connect_projections", "find_projections
 
 APART = (("q_proj", "k_proj", "v_proj"), ("query", "key", "value"), ("q", "k", "v"), ("q_lin", "k_lin", "v_lin"))
 FUSED = {"c_attn": 3, "qkv_proj": 3, "qkv": 3, "Wqkv": 3, "query_key_value": 1}  # [q | k | v], or q, k and v of each head in turn
+SIZES = ("split_size", "num_heads", "num_attention_heads", "num_key_value_heads", "n_heads", "embed_dim", "inner_dim", "all_head_size")
 OUT = ("o_proj", "out_proj", "o", "out_lin", "c_proj", "dense", "proj", "Wo")
 
 
@@ -191,16 +192,16 @@ def _first(output: Any) -> torch.Tensor:
 
 
 def _split(attention: nn.Module, gate: DropHeadGate) -> None:
-    """GPT-2's forward splits the fused output by an attribute: it follows the slices for the length of the pass."""
-    size = attention.__dict__.get("split_size")
-    if gate.slicing and isinstance(size, int) and gate.kept is not None:
-        attention.__dict__["_hf_reg_split_size"] = size
-        attention.__dict__["split_size"] = size // gate.groups * len(gate.kept)
+    """Sizes that the forward reads from its module (GPT-2 splits a fused output, OPT reshapes) follow the slices for this pass."""
+    if gate.slicing and gate.kept is not None:
+        sizes = {name: value for name in SIZES if isinstance(value := attention.__dict__.get(name), int)}
+        attention.__dict__["_hf_reg_sizes"] = sizes
+        for name, value in sizes.items():
+            attention.__dict__[name] = value // gate.groups * len(gate.kept)
 
 
 def _unsplit(attention: nn.Module) -> None:
-    if "_hf_reg_split_size" in attention.__dict__:
-        attention.__dict__["split_size"] = attention.__dict__.pop("_hf_reg_split_size")
+    attention.__dict__.update(attention.__dict__.pop("_hf_reg_sizes", {}))
 
 
 def connect_projections(model: nn.Module, path: str, gate: DropHeadGate) -> bool:

@@ -95,8 +95,8 @@ def token_mask_mod(
 ) -> Callable[..., torch.Tensor]:
     """For flex attention: a `mask_mod` to combine with the model's own; nothing of size (B, Tq, Tk) is made."""
     offset = view.offset
-    self_masked = self_masked & ~pad(view.lonely(), (offset, 0))  # a token that sees only itself keeps itself
     columns = _columns(selected, self_masked, hide)
+    self_masked = self_masked & ~pad(view.lonely(), (offset, 0))  # a token that sees only itself keeps itself
 
     def visible(b: Any, h: Any, q: Any, k: Any) -> torch.Tensor:
         own = q + offset
