@@ -31,7 +31,9 @@ def check_range(owner: str, name: str, value: object, low: float, high: float, *
     if isinstance(value, bool) or not isinstance(value, (int, float)):
         raise TypeError(f"{owner}: {name} must be a number, got {value!r} ({type(value).__name__}).")
     if not (low <= value < high or (closed and value == high)):
-        raise ValueError(f"{owner}: {name}={value} is out of range; give {low} <= {name} {'<=' if closed else '<'} {high}.")
+        raise ValueError(
+            f"{owner}: {name}={value} is out of range; give {low} <= {name} {'<=' if closed else '<'} {high}."
+        )
 
 
 @dataclass(frozen=True)
@@ -40,11 +42,11 @@ class Patch:
 
     Args:
         layers (`str`, `int` or sequence of `int`, *optional*, defaults to `"all"`):
-            Which layers of every sub-model to patch: `"all"`, a slice (`"6:"`, `"::2"`, `"-4:"`), an index, or a list of
-            indices; negative ones count from the end.
+            Which layers of every sub-model to patch: `"all"`, a slice (`"6:"`, `"::2"`, `"-4:"`), an index, or a list
+            of indices; negative ones count from the end.
         submodel (`str` or sequence of `str`, *optional*, defaults to `"all"`):
-            Which sub-models: `"all"`, `"encoder"`, `"decoder"`, `"text"`, `"vision"`, `"audio"`, or a module path such as
-            `"model.vision_tower"`.
+            Which sub-models: `"all"`, `"encoder"`, `"decoder"`, `"text"`, `"vision"`, `"audio"`, or a module path
+            such as `"model.vision_tower"`.
         schedule (`str` or [`~hf_reg.schedules.Schedule`], *optional*):
             Factor on the rate over training. `None` keeps it constant.
     """
@@ -59,7 +61,9 @@ class Patch:
 
     def __post_init__(self) -> None:
         if not self.name:
-            raise TypeError(f"{type(self).__name__} has no `name`; a Patch subclass must set the class attribute `name`.")
+            raise TypeError(
+                f"{type(self).__name__} has no `name`; a Patch subclass must set the class attribute `name`."
+            )
         for key in ("layers", "submodel"):
             value = getattr(self, key)
             if isinstance(value, list):
@@ -67,7 +71,9 @@ class Patch:
         if self.schedule is not None:
             object.__setattr__(self, "schedule", make_schedule(self.schedule))
             if self.rate_field is None:
-                raise ValueError(f"{self.name} has no rate, so schedule={self.schedule!r} would do nothing; leave it out.")
+                raise ValueError(
+                    f"{self.name} has no rate, so schedule={self.schedule!r} would do nothing; leave it out."
+                )
             peak = self.schedule.peak * getattr(self, self.rate_field)  # type: ignore[union-attr]
             if not peak < 1:
                 raise ValueError(
@@ -103,7 +109,9 @@ class Gate(nn.Module):
     """
 
     hides: ClassVar[bool] = False  # whether `hide` does anything
-    replaces_dropout: bool = False  # whether the model's own attention-probability dropout is off while this gate is on
+    replaces_dropout: bool = (
+        False  # whether the model's own attention-probability dropout is off while this gate is on
+    )
 
     def __init__(self, patch: Patch) -> None:
         super().__init__()
@@ -160,7 +168,7 @@ class RateGate(nn.Dropout, Gate):
         self.register_buffer("rate", torch.zeros(()), persistent=False)
         self.p = getattr(patch, patch.rate_field or "")
 
-    @property  # type: ignore[override]
+    @property
     def p(self) -> float:
         return self._p
 

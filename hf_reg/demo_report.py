@@ -200,6 +200,12 @@ def conclude(
     else:
         for comparison in comparisons:
             console.print(comparison.sentence(), highlight=False)
+        helped = [name for name in methods if against_default[name].verdict == "helped"]
+        console.print(
+            f"In short: {' and '.join(helped) or 'neither ' + ' nor '.join(methods)} did better than {default} here. "
+            f"With {len(comparisons)} comparisons, one may look clear by chance.",
+            highlight=False,
+        )
     _draw(runs, settings, output_dir / "curves.png")
     results = output_dir / "results.json"
     import torch

@@ -113,12 +113,14 @@ def describe(model: nn.Module) -> Description:
     for (name, submodel), members in groups.items():
         site, gate = members[0]
         found = [other for other in sites if other.submodel == submodel and gate.patch.accepts(other)]
-        backends = sorted({str(m.implementation) if m.kind == "interface" else f"own code ({m.kind})" for m, _ in members})
+        backends = sorted(
+            {str(m.implementation) if m.kind == "interface" else f"own code ({m.kind})" for m, _ in members}
+        )
         notes = sorted({text for _, member in members if (text := member.notes())})
         rows.append(
             Row(
-                name, _settings(gate.patch), f"{submodel or 'model'} ({site.submodel_class})", len(members), len(found),
-                ", ".join(backends), _now(gate), "; ".join(notes),
+                name, _settings(gate.patch), f"{submodel or 'model'} ({site.submodel_class})", len(members),
+                len(found), ", ".join(backends), _now(gate), "; ".join(notes),
             )
         )  # fmt: skip
     kind = getattr(getattr(inner, "config", None), "model_type", None)

@@ -4,11 +4,12 @@ What the mask means depends on the backend that transformers asked for:
 
 | backend | None | bool | float | BlockMask |
 |---|---|---|---|---|
-| sdpa | causal if `is_causal` (keyword, else attribute), else everything | True = may attend | added to the scores | - |
+| sdpa | causal if `is_causal` (keyword or attribute) | True = may attend | added to the scores | - |
 | eager | everything | True = may attend (a sub-model with a backend of its own) | added to the scores | - |
 | flex_attention | everything | - | added to the scores | block-sparse |
 
-Additive masks keep their values (ALiBi, relative positions, Swin windows); only what a gate hides is set to the minimum.
+Additive masks keep their values (ALiBi, relative positions, Swin windows); only what a gate hides is set to the
+minimum.
 """
 
 from __future__ import annotations
@@ -37,7 +38,8 @@ def refuse_backend(method: str, implementation: str | None) -> None:
     if implementation not in DENSE:
         raise ValueError(
             f"{method} changes the attention mask, and attention implementation {implementation!r} takes none. Use "
-            "'sdpa', 'eager' or 'flex_attention' (`model.set_attn_implementation('sdpa')`), or a method that acts on the "
+            "'sdpa', 'eager' or 'flex_attention' (`model.set_attn_implementation('sdpa')`), or a method that "
+            "acts on the "
             "heads, such as 'drophead', which works with every implementation."
         )
 
@@ -47,7 +49,7 @@ class TokenView:
     """A dense mask: what each query may attend to.
 
     Args:
-        allowed (`torch.BoolTensor` of shape `(B | 1, H | 1, Tq, Tk)`, *optional*): True = may attend; None = everything.
+        allowed (`torch.BoolTensor` of shape `(B | 1, H | 1, Tq, Tk)`, *optional*): True = may attend; None = all.
         batch, queries, keys (`int`): the shape of the attention; the queries are the *last* `queries` keys.
         device (`torch.device`): where the mask is needed.
         trusted (`bool`): False where the alignment of queries and keys has to be confirmed by the mask itself.
@@ -72,7 +74,9 @@ class TokenView:
         if self.allowed is None:
             return None
         own = self.allowed.diagonal(self.offset, dim1=-2, dim2=-1).any(1)
-        if not self.trusted:  # in a causal mask no query sees a later one; where one does, the keys are not a prefix + the queries
+        if (
+            not self.trusted
+        ):  # in a causal mask no query sees a later one; where one does, the keys are not a prefix + the queries
             later = self.allowed[..., self.offset :].triu(1).flatten(1).any(-1, keepdim=True)
             own = own & ~later
         return own
@@ -95,7 +99,8 @@ class BlockView:
         return self.keys - self.queries
 
     def _ask(self, name: str, question: Callable[..., torch.Tensor], keys: int) -> torch.Tensor:
-        """(B, Tq) bool: whether `question(b, h, q, k)` holds for any of `keys`; asked 128 queries at a time, once a mask."""
+        """(B, Tq) bool: whether `question(b, h, q, k)` holds for any of `keys`; asked 128 queries at a time, once a
+        mask."""
         answers = self.owner.__dict__.setdefault("_hf_reg_answers", {})
         if name not in answers:
             from torch.nn.attention.flex_attention import create_mask
@@ -126,7 +131,8 @@ def _causal(module: nn.Module, kwargs: dict[str, Any]) -> bool:
 def _spared(spared: torch.Tensor | None, batch: int, queries: int) -> torch.Tensor | None:
     if spared is not None and spared.shape != (batch, queries):
         raise ValueError(
-            f"The spared tokens have shape {tuple(spared.shape)}, but the attention sees {(batch, queries)} queries: this "
+            f"The spared tokens have shape {tuple(spared.shape)}, but the attention sees {(batch, queries)} "
+            f"queries: this "
             "module does not attend over `input_ids`. Leave `spare_token_ids` empty, or narrow `submodel=`."
         )
     return spared
@@ -145,15 +151,19 @@ def narrow(
 ) -> Any:
     """The mask to hand on instead of `mask`: `mask` without what `gate` hides, in the same convention.
 
-    Left as it is where the queries are not the last keys (pooled or merged keys), since there token i of the queries is
-    not token i of the keys.
+    Left as it is where the queries are not the last keys (pooled or merged keys), since there token i of the queries
+    is not token i of the keys.
     """
     refuse_backend(gate.patch.name, implementation)
     batch, queries, keys = query.shape[0], query.shape[2], key.shape[2]
     if keys < queries or (keys > queries and not prefix):
         return mask
     spared = _spared(spared, batch, queries)
-    if mask is not None and not isinstance(mask, torch.Tensor) or (mask is None and implementation == "flex_attention"):
+    if (
+        mask is not None
+        and not isinstance(mask, torch.Tensor)
+        or (mask is None and implementation == "flex_attention")
+    ):
         return _narrow_blocks(gate, mask, batch, queries, keys, query.device, spared)
     causal = _causal(module, kwargs)
     allowed = None
@@ -186,7 +196,8 @@ def narrow_scores(gate: Gate, scores: torch.Tensor, spared: torch.Tensor | None)
 def _narrow_blocks(
     gate: Gate, mask: Any, batch: int, queries: int, keys: int, device: torch.device, spared: torch.Tensor | None
 ) -> Any:
-    """A `BlockMask` narrowed by a `mask_mod`. Its blocks stay: a block that was full is now evaluated like a partial one."""
+    """A `BlockMask` narrowed by a `mask_mod`. Its blocks stay: a block that was full is now evaluated like a partial
+    one."""
     from torch.nn.attention.flex_attention import BlockMask, and_masks, noop_mask
 
     if mask is None:
@@ -201,7 +212,8 @@ def _narrow_blocks(
         mask._hf_reg_blocks = blocks
     view = BlockView(mask.mask_mod, batch, queries, keys, device, mask, spared)
     return BlockMask.from_kv_blocks(
-        *blocks,
+        blocks[0],
+        blocks[1],
         BLOCK_SIZE=mask.BLOCK_SIZE,
         mask_mod=and_masks(mask.mask_mod, gate.hide_blocks(view)),
         seq_lengths=(queries, keys),

@@ -2,11 +2,12 @@
 
 Two ways, both by hooks on the attention module (nothing is replaced, nothing runs in eval mode):
 
-- `mask_argument`: the module takes a mask that may differ by query and returns its heads concatenated (DeBERTa, DeBERTa-v2 / v3,
+- `mask_argument`: the module takes a mask that may differ by query and returns its heads concatenated (DeBERTa,
+  DeBERTa-v2 / v3,
   SEW-D). The mask is narrowed on the way in, the heads are scaled on the way out. Compiles in one graph.
 - `operations`: the module writes its attention out (scores, softmax, probabilities) or calls
-  `F.scaled_dot_product_attention`. Those calls are intercepted while its forward runs: the scores lose what a gate hides, the
-  probabilities are scaled by head. Does not compile.
+  `F.scaled_dot_product_attention`. Those calls are intercepted while its forward runs: the scores lose what a gate
+  hides, the probabilities are scaled by head. Does not compile.
 """
 
 from __future__ import annotations
@@ -45,14 +46,15 @@ def reach(module: nn.Module) -> str | None:
         return "mask_argument"
     if isinstance(module, (PreTrainedModel, nn.MultiheadAttention)) or not NAME.search(name):
         return None
-    names = class_names(type(module))
+    names = class_names(type(module))  # type: ignore[arg-type]
     if names.isdisjoint(("softmax", "scaled_dot_product_attention")) or count_heads(module) is None:
         return None
     return "operations"
 
 
 class SeamHook:
-    """Base of the hooks that a patch leaves on modules: plain objects, so that copies and pickles of a model own theirs."""
+    """Base of the hooks that a patch leaves on modules: plain objects, so that copies and pickles of a model own
+    theirs."""
 
     owner: Any = None  # the gate or seam that the hook works for
 
@@ -70,7 +72,9 @@ class NarrowArgument(SeamHook):
         allowed = mask.bool()
         for gate in gates:
             length = states.shape[1]
-            allowed = gate.hide(TokenView(allowed.expand(-1, -1, length, -1), states.shape[0], length, length, states.device))
+            allowed = gate.hide(
+                TokenView(allowed.expand(-1, -1, length, -1), states.shape[0], length, length, states.device)
+            )
         narrowed = allowed.to(mask.dtype)
         if len(args) > 1:
             return (args[0], narrowed, *args[2:]), kwargs
@@ -151,7 +155,14 @@ class _Operations(TorchFunctionMode):
         return result
 
     def scaled_dot_product_attention(
-        self, query: Any, key: Any, value: Any, attn_mask: Any = None, dropout_p: float = 0.0, is_causal: bool = False, **kwargs: Any
+        self,
+        query: Any,
+        key: Any,
+        value: Any,
+        attn_mask: Any = None,
+        dropout_p: float = 0.0,
+        is_causal: bool = False,
+        **kwargs: Any,
     ) -> torch.Tensor:
         def function(module: Any, query: Any, key: Any, value: Any, mask: Any, dropout: float, is_causal: bool) -> Any:
             causal = is_causal and mask is None

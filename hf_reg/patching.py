@@ -47,11 +47,14 @@ def make_patch(patch: str | Patch, **settings: Any) -> Patch:
     """A [`Patch`] from its name and settings.
 
     Raises:
-        `ValueError`: for an unknown name or a setting out of range. `TypeError`: for an unknown setting, or no name at all.
+        `ValueError`: for an unknown name or a setting out of range. `TypeError`: for an unknown setting, or no name
+        at all.
     """
     if isinstance(patch, Patch):
         if settings:
-            raise TypeError(f"Settings {sorted(settings)} beside a {type(patch).__name__} object: put them into the object.")
+            raise TypeError(
+                f"Settings {sorted(settings)} beside a {type(patch).__name__} object: put them into the object."
+            )
         return patch
     if not isinstance(patch, str):
         raise TypeError(f"A patch is a name or a Patch object, got {type(patch).__name__}: {patch!r}.")
@@ -69,14 +72,16 @@ def unwrap(model: nn.Module) -> nn.Module:
     """The transformers model inside `torch.compile`, DDP, FSDP and PEFT wrappers.
 
     Raises:
-        `TypeError`: if it is no module. `ValueError`: inside `DataParallel`, whose replicas would all draw from one stream.
+        `TypeError`: if it is no module. `ValueError`: inside `DataParallel`, whose replicas would all draw from one
+        stream.
     """
     if not isinstance(model, nn.Module):
         raise TypeError(f"Expected a model (torch.nn.Module), got {type(model).__name__}.")
     while True:
         if isinstance(model, DataParallel):
             raise ValueError(
-                "The model is inside torch.nn.DataParallel, whose threads copy it in every step. Patch `model.module` before "
+                "The model is inside torch.nn.DataParallel, whose threads copy it in every step. Patch "
+                "`model.module` before "
                 "wrapping it, or better use DistributedDataParallel (`torchrun` or `accelerate launch`)."
             )
         if isinstance(model, (DistributedDataParallel, FullyShardedDataParallel)):
@@ -84,16 +89,17 @@ def unwrap(model: nn.Module) -> nn.Module:
         elif hasattr(model, "_orig_mod"):
             model = model._orig_mod  # type: ignore[assignment]
         elif hasattr(model, "get_base_model") and hasattr(model, "peft_config"):
-            model = model.get_base_model()
+            model = model.get_base_model()  # type: ignore[operator]
         else:
             return model
 
 
 def patch_model(model: Model, patch: str | Patch | Sequence[str | Patch], **settings: Any) -> Model:
-    """Regularize the attention modules of `model`: active in training, invisible in evaluation, gone after `unpatch_model`.
+    """Regularize the attention modules of `model`: active in training, invisible in evaluation, gone after
+    `unpatch_model`.
 
-    The model is changed in place: no module, forward or configuration is replaced, and checkpoints stay stock. A method that is
-    already on the model gets the new settings, on the modules that they select.
+    The model is changed in place: no module, forward or configuration is replaced, and checkpoints stay stock. A
+    method that is already on the model gets the new settings, on the modules that they select.
 
     Args:
         model (`nn.Module`): a transformers model, or one inside PEFT, DDP, FSDP or `torch.compile`.
@@ -104,8 +110,8 @@ def patch_model(model: Model, patch: str | Patch | Sequence[str | Patch], **sett
         The same object.
 
     Raises:
-        `ValueError`: unknown name, setting out of range, nothing to patch, a backend or wrapper that cannot be combined.
-        `TypeError`: unknown setting. In every case the model is as it was.
+        `ValueError`: unknown name, setting out of range, nothing to patch, a backend or wrapper that cannot be
+        combined. `TypeError`: unknown setting. In every case the model is as it was.
 
     Example:
 
@@ -115,7 +121,7 @@ def patch_model(model: Model, patch: str | Patch | Sequence[str | Patch], **sett
     ```
     """
     if isinstance(patch, (str, Patch)) or not isinstance(patch, Sequence):
-        patches = [make_patch(patch, **settings)]  # type: ignore[arg-type]
+        patches = [make_patch(patch, **settings)]
     else:
         if settings:
             raise TypeError(f"Settings {sorted(settings)} with several patches: give each its own, as Patch objects.")
@@ -149,7 +155,9 @@ def _plan(
         if sites:
             reason = f"its {len(sites)} attention modules are none that {patch.name} acts on (cross-attention only)"
         elif uncovered:
-            reason = "its token mixing has code of its own: " + ", ".join(f"{n} x {name}" for name, n in uncovered.items())
+            reason = "its token mixing has code of its own: " + ", ".join(
+                f"{n} x {name}" for name, n in uncovered.items()
+            )
         else:
             reason = "it has no attention module"
         raise ValueError(f"{patch.name} found nothing to patch in {kind!r}: {reason}.")
@@ -177,7 +185,8 @@ def _attach(model: nn.Module, patch: Patch, gates: list[tuple[AttentionSite, Gat
 
 
 def _detach(model: nn.Module, name: str | None, keep_seams: Collection[nn.Module] = ()) -> None:
-    """Take the gates called `name` (None: all) off, with their hooks, and then the seams that carry nothing any more."""
+    """Take the gates called `name` (None: all) off, with their hooks, and then the seams that carry nothing any
+    more."""
     modules = list(model.modules())
     removed: list[Any] = []
     for module in modules:
@@ -205,7 +214,8 @@ def _warn_partial(patch: Patch, gates: list[Any], sites: list[AttentionSite], un
 
 
 def _forget_compiled() -> None:
-    """Code compiled before is not told that a module changed: drop it, so that it is compiled again on the next call."""
+    """Code compiled before is not told that a module changed: drop it, so that it is compiled again on the next
+    call."""
     torch.compiler.reset()
 
 
@@ -235,7 +245,8 @@ def unpatch_model(model: Model, patch: str | None = None) -> Model:
 
 @contextmanager
 def patched(model: Model, patch: str | Patch | Sequence[str | Patch], **settings: Any) -> Iterator[Model]:
-    """`patch_model` for the length of a `with` block; the patches that were there before come back, also after an exception."""
+    """`patch_model` for the length of a `with` block; the patches that were there before come back, also after an
+    exception."""
     inner = unwrap(model)
     before = _snapshot(inner)
     patch_model(model, patch, **settings)
@@ -249,7 +260,7 @@ def patched(model: Model, patch: str | Patch | Sequence[str | Patch], **settings
 def _snapshot(model: nn.Module) -> list[tuple[nn.Module, AttentionSite, dict[str, Gate]]]:
     sites = {site.path: site for site in find_attention(model)}
     return [
-        (module, sites[path], dict(module._modules[SEAM]._modules))  # type: ignore[union-attr, arg-type]
+        (module, sites[path], dict(module._modules[SEAM]._modules))
         for path, module in model.named_modules()
         if SEAM in module._modules
     ]
@@ -272,18 +283,21 @@ def check_ran(model: nn.Module) -> None:
     """
     inner = unwrap(model)
     seams = {path: module._modules[SEAM] for path, module in inner.named_modules() if SEAM in module._modules}
-    waiting = {path: seam for path, seam in seams.items() if seam.enabled()}  # type: ignore[union-attr, operator]
-    silent = [path for path, seam in waiting.items() if not seam.ran]  # type: ignore[union-attr]
+    waiting = {path: seam for path, seam in seams.items() if seam.enabled()}
+    silent = [path for path, seam in waiting.items() if not seam.ran]
     if not silent:
         return
     if len(silent) == len(waiting):
         raise RuntimeError(
-            f"The model took a training step, but none of its {len(waiting)} patched attention modules ran their patch "
-            f"(first: {silent[0]}). Its attention does not go through transformers' interface with these settings; unpatch it, "
+            f"The model took a training step, but none of its {len(waiting)} patched attention modules ran "
+            f"their patch "
+            f"(first: {silent[0]}). Its attention does not go through transformers' interface with these "
+            f"settings; unpatch it, "
             "or report the model type."
         )
     warnings.warn(
-        f"{len(silent)} of {len(waiting)} patched attention modules did not run in this step: {', '.join(silent[:5])}.",
+        f"{len(silent)} of {len(waiting)} patched attention modules did not run in this step: "
+        f"{', '.join(silent[:5])}.",
         UserWarning,
         stacklevel=2,
     )

@@ -1,7 +1,7 @@
 """Schedules: how the strength of a regularizer moves over training, and what drives it.
 
-A schedule is a pure function of the step (and, for `on_plateau`, of the validation losses so far), so there is nothing to
-save and a resumed run continues exactly. It gives a *factor*; the rate in force is `rate * factor`.
+A schedule is a pure function of the step (and, for `on_plateau`, of the validation losses so far), so there is
+nothing to save and a resumed run continues exactly. It gives a *factor*; the rate in force is `rate * factor`.
 """
 
 from __future__ import annotations
@@ -16,8 +16,8 @@ from transformers import TrainerCallback
 
 
 __all__ = [
-    "SCHEDULES", "Schedule", "ScheduleCallback", "constant", "cosine", "exponential", "linear", "make_schedule", "model_step",
-    "on_plateau", "two_phase", "v_shape",
+    "SCHEDULES", "Schedule", "ScheduleCallback", "constant", "cosine", "exponential", "linear", "make_schedule",
+    "model_step", "on_plateau", "two_phase", "v_shape",
 ]  # fmt: skip
 
 
@@ -32,7 +32,9 @@ class Schedule:
     def __call__(self, step: int, total: int, losses: Sequence[float] = ()) -> float:
         """The factor at `step` of `total` steps (0 <= step <= total); `losses` are the validation losses so far."""
         if total <= 0:
-            raise ValueError(f"A schedule needs the number of steps; got total={total}. Give `max_steps` or the step count.")
+            raise ValueError(
+                f"A schedule needs the number of steps; got total={total}. Give `max_steps` or the step count."
+            )
         return self.factor(min(max(step / total, 0.0), 1.0), losses)
 
 
@@ -45,7 +47,9 @@ def _not_negative(schedule: Schedule, **values: float) -> None:
 def _fraction(schedule: Schedule, **values: float) -> None:
     for name, value in values.items():
         if not (isinstance(value, (int, float)) and 0 <= value <= 1):
-            raise ValueError(f"{type(schedule).__name__}: {name}={value!r} must be a fraction of training between 0 and 1.")
+            raise ValueError(
+                f"{type(schedule).__name__}: {name}={value!r} must be a fraction of training between 0 and 1."
+            )
 
 
 @dataclass(frozen=True)
@@ -96,7 +100,7 @@ class cosine(_Between):
 
 @dataclass(frozen=True)
 class exponential(Schedule):
-    """`start * exp(-k t)` (Dynamic Dropout, arXiv 2411.03236). `k = 5` is our choice: it ends at 0.7 % of the start."""
+    """`start * exp(-k t)` (Dynamic Dropout, arXiv 2411.03236). `k = 5` is ours: it ends at 0.7 % of the start."""
 
     start: float = 1.0
     k: float = 5.0
@@ -114,9 +118,11 @@ class exponential(Schedule):
 
 @dataclass(frozen=True)
 class v_shape(_Between):
-    """Scheduled DropHead (arXiv 2004.13342): from `start` down to 0 while the learning rate warms up, then up to `end`.
+    """Scheduled DropHead (arXiv 2004.13342): from `start` down to 0 while the learning rate warms up, then up to
+    `end`.
 
-    `warmup` is the fraction of training spent going down; 0.1 is our choice (set it to the warm-up of the learning rate).
+    `warmup` is the fraction of training spent going down; 0.1 is our choice (set it to the warm-up of the learning
+    rate).
     """
 
     end: float = 1.0
@@ -134,7 +140,8 @@ class v_shape(_Between):
 
 @dataclass(frozen=True)
 class two_phase(Schedule):
-    """0 until `begin`, linear up to `value` over `ramp`, then constant. Defaults: BA-LoRA (arXiv 2408.04556 v6), 20 % + 5 %."""
+    """0 until `begin`, linear up to `value` over `ramp`, then constant. Defaults: BA-LoRA (arXiv 2408.04556 v6), 20 %
+    + 5 %."""
 
     begin: float = 0.2
     ramp: float = 0.05
@@ -160,8 +167,8 @@ class two_phase(Schedule):
 class on_plateau(Schedule):
     """Driven by the validation loss (after Dynamic Dropout, arXiv 2411.03236; the constants are ours).
 
-    Every evaluation that does not improve on the best one by `threshold` raises the factor by `up`; every one that does
-    lowers it by `down`; the factor stays between `low` and `high`. Without evaluations it stays at `start`.
+    Every evaluation that does not improve on the best one by `threshold` raises the factor by `up`; every one that
+    does lowers it by `down`; the factor stays between `low` and `high`. Without evaluations it stays at `start`.
     """
 
     start: float = 1.0
@@ -206,7 +213,9 @@ def make_schedule(schedule: Schedule | str) -> Schedule:
             raise ValueError(f"Unknown schedule {schedule!r}; choose one of {', '.join(SCHEDULES)}.")
         return SCHEDULES[schedule]()
     if not isinstance(schedule, Schedule):
-        raise TypeError(f"schedule must be a name ({', '.join(SCHEDULES)}) or a Schedule, got {type(schedule).__name__}.")
+        raise TypeError(
+            f"schedule must be a name ({', '.join(SCHEDULES)}) or a Schedule, got {type(schedule).__name__}."
+        )
     return schedule
 
 

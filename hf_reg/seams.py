@@ -1,8 +1,9 @@
 """Where a transformers model can be touched: its attention modules, and the one function that they all call.
 
-transformers sends nearly every attention module through `AttentionInterface.get_interface`. That method is wrapped once, at
-the first `patch_model`; what it returns looks for a child named `hf_reg` on the *calling module* and, without one, calls
-straight through. So no forward is copied or replaced, no configuration changes, and other models are left alone.
+transformers sends nearly every attention module through `AttentionInterface.get_interface`. That method is wrapped
+once, at
+the first `patch_model`; what it returns looks for a child named `hf_reg` on the *calling module* and, without one,
+calls straight through. So no forward is copied or replaced, no configuration changes, and other models are left alone.
 """
 
 from __future__ import annotations
@@ -44,7 +45,7 @@ class AttentionSeam(nn.Module):
         super().__setstate__(state)
 
     def enabled(self) -> list[Gate]:
-        return [gate for gate in self._modules.values() if gate.enabled()]  # type: ignore[union-attr, operator]
+        return [gate for gate in self.children() if isinstance(gate, Gate) and gate.enabled()]
 
     def attend(
         self,
@@ -108,7 +109,7 @@ def install() -> None:
         return functools.partial(_attend, original(self, attn_implementation, default), attn_implementation)
 
     get_interface._hf_reg = True  # type: ignore[attr-defined]
-    AttentionInterface.get_interface = get_interface  # type: ignore[method-assign]
+    AttentionInterface.get_interface = get_interface
 
 
 @dataclass(frozen=True)
@@ -167,7 +168,7 @@ def class_names(cls: type[nn.Module]) -> frozenset[str]:
 
 def uses_interface(module: nn.Module) -> bool:
     """Whether the class of `module` dispatches its attention through transformers' interface."""
-    return not isinstance(module, PreTrainedModel) and "ALL_ATTENTION_FUNCTIONS" in class_names(type(module))
+    return not isinstance(module, PreTrainedModel) and "ALL_ATTENTION_FUNCTIONS" in class_names(type(module))  # type: ignore[arg-type]
 
 
 def takes_argument(module: nn.Module, *names: str) -> bool:
@@ -196,17 +197,22 @@ def count_groups(module: nn.Module) -> int | None:
 
 
 def _layer_lists(model: nn.Module) -> dict[str, nn.ModuleList]:
-    return {name: module for name, module in model.named_modules() if isinstance(module, nn.ModuleList) and len(module)}
+    return {
+        name: module for name, module in model.named_modules() if isinstance(module, nn.ModuleList) and len(module)
+    }
 
 
 def _layer_key(path: str, lists: dict[str, nn.ModuleList]) -> tuple[str, ...]:
-    """The path of the layer that holds `path`, as the names of the lists' elements from the outermost to the one taken.
+    """The path of the layer that holds `path`, as the names of the lists' elements from the outermost to the one
+    taken.
 
-    The innermost list of like modules is the list of layers (Swin: the blocks of a stage); a list of unlike modules, such as
-    the sub-layers of a T5 block, counts only when there is no other.
+    The innermost list of like modules is the list of layers (Swin: the blocks of a stage); a list of unlike modules,
+    such as the sub-layers of a T5 block, counts only when there is no other.
     """
     parts = path.split(".")
-    on_path = [".".join(parts[:i]) for i in range(1, len(parts)) if ".".join(parts[:i]) in lists and parts[i].isdigit()]
+    on_path = [
+        ".".join(parts[:i]) for i in range(1, len(parts)) if ".".join(parts[:i]) in lists and parts[i].isdigit()
+    ]
     alike = [name for name in on_path if len({type(element) for element in lists[name]}) == 1]
     if alike:
         on_path = on_path[: on_path.index(alike[-1]) + 1]
@@ -221,7 +227,9 @@ def find_attention(model: nn.Module) -> list[AttentionSite]:
     from .own_attention import reach
 
     lists = _layer_lists(model)
-    pretrained = {name: type(module).__name__ for name, module in model.named_modules() if isinstance(module, PreTrainedModel)}
+    pretrained = {
+        name: type(module).__name__ for name, module in model.named_modules() if isinstance(module, PreTrainedModel)
+    }
     found: list[tuple[str, nn.Module, str]] = []
     for path, module in model.named_modules():
         kind = "interface" if uses_interface(module) else reach(module)
@@ -246,20 +254,37 @@ def find_attention(model: nn.Module) -> list[AttentionSite]:
         rows.append((path, module, kind, submodel, key))
     sites = []
     for path, module, kind, submodel, key in rows:
-        plain = len({k[0].rsplit(".", 1)[0] for k in numbered[submodel]}) == 1 and all(k in single for k in numbered[submodel])
+        plain = len({k[0].rsplit(".", 1)[0] for k in numbered[submodel]}) == 1 and all(
+            k in single for k in numbered[submodel]
+        )
         layer = single[key] if plain else numbered[submodel][key]
         total = len(lists[key[0].rsplit(".", 1)[0]]) if plain else len(numbered[submodel])
         cross = bool(getattr(module, "is_cross_attention", False)) or bool(
-            CROSS.search(type(module).__name__) or CROSS.search(path.removeprefix(f"{submodel}.") if submodel else path)
+            CROSS.search(type(module).__name__)
+            or CROSS.search(path.removeprefix(f"{submodel}.") if submodel else path)
         )
         name = pretrained.get(submodel, type(model).__name__)
-        sites.append(AttentionSite(module, path, submodel, name, layer, total, cross, count_heads(module), count_groups(module), kind,
-                takes_argument(module, "past_key_values", "past_key_value", "layer_past")))
+        sites.append(
+            AttentionSite(
+                module,
+                path,
+                submodel,
+                name,
+                layer,
+                total,
+                cross,
+                count_heads(module),
+                count_groups(module),
+                kind,
+                takes_argument(module, "past_key_values", "past_key_value", "layer_past"),
+            )
+        )
     return sites
 
 
 def find_uncovered(model: nn.Module, sites: list[AttentionSite]) -> dict[str, int]:
-    """Modules that mix tokens but are out of reach (linear attention, state spaces, own kernels): class name -> count."""
+    """Modules that mix tokens but are out of reach (linear attention, state spaces, own kernels): class name ->
+    count."""
     reached = {site.path for site in sites}
     uncovered: dict[str, int] = {}
     taken: list[str] = []
@@ -270,7 +295,10 @@ def find_uncovered(model: nn.Module, sites: list[AttentionSite]) -> dict[str, in
             continue
         if isinstance(module, PreTrainedModel) or any(path.startswith(f"{t}.") for t in taken):
             continue
-        if any(OWN.search(type(child).__name__) and next(child.parameters(), None) is not None for child in module.children()):
+        if any(
+            OWN.search(type(child).__name__) and next(child.parameters(), None) is not None
+            for child in module.children()
+        ):
             continue
         taken.append(path)
         uncovered[type(module).__name__] = uncovered.get(type(module).__name__, 0) + 1

@@ -21,7 +21,8 @@ def _integer(text: str | None) -> int | None:
 
 
 def _indices(layers: str | int | Sequence[int], total: int) -> set[int] | None:
-    """The layers of `total` that are asked for; indices out of range are left out. None: not a layer selection at all."""
+    """The layers of `total` that are asked for; indices out of range are left out. None: not a layer selection at
+    all."""
     if layers == "all":
         return set(range(total))
     if isinstance(layers, str):
@@ -38,7 +39,8 @@ def _indices(layers: str | int | Sequence[int], total: int) -> set[int] | None:
 
 
 def _roles(model: nn.Module, sites: Sequence[AttentionSite]) -> dict[str, set[str]]:
-    """The names by which each sub-model can be called: its path, its last component, and its role in the configuration."""
+    """The names by which each sub-model can be called: its path, its last component, and its role in the
+    configuration."""
     config = getattr(model, "config", None)
     names: dict[str, set[str]] = {}
     for site in sites:
@@ -69,7 +71,8 @@ def select(model: nn.Module, patch: Patch, sites: list[AttentionSite]) -> list[A
         known = set().union(*names.values())
         if wanted - known:
             raise ValueError(
-                f"{patch.name}: no sub-model {sorted(wanted - known)} to patch; this model has {sorted(known)} (or 'all')."
+                f"{patch.name}: no sub-model {sorted(wanted - known)} to patch; this model has {sorted(known)} "
+                f"(or 'all')."
             )
         sites = [site for site in sites if names[site.submodel] & wanted]
     depths = {site.submodel: site.layers for site in sites}
@@ -79,7 +82,8 @@ def select(model: nn.Module, patch: Patch, sites: list[AttentionSite]) -> list[A
         indices = _indices(patch.layers, total)
         if indices is None:
             raise ValueError(
-                f"{patch.name}: layers={patch.layers!r} is no layer selection; give 'all', a slice such as '6:', '::2' or "
+                f"{patch.name}: layers={patch.layers!r} is no layer selection; give 'all', a slice such as "
+                f"'6:', '::2' or "
                 f"'-4:', an index, or a list of indices. Layers of this model: {shown}."
             )
         chosen[name] = indices
@@ -90,5 +94,7 @@ def select(model: nn.Module, patch: Patch, sites: list[AttentionSite]) -> list[A
             raise ValueError(f"{patch.name}: layers {beyond} do not exist. Layers of this model: {shown}.")
     selected = [site for site in sites if site.layer in chosen[site.submodel]]
     if not selected:
-        raise ValueError(f"{patch.name}: layers={patch.layers!r} selects no attention module. Layers of this model: {shown}.")
+        raise ValueError(
+            f"{patch.name}: layers={patch.layers!r} selects no attention module. Layers of this model: {shown}."
+        )
     return selected

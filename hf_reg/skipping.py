@@ -1,9 +1,11 @@
 """Not computing dropped heads: attention of the kept heads only, and slices of the projections around it.
 
-Under grouped-query attention the unit is a key/value group with all its query heads. The projections are sliced by letting
-the *instance dictionary* of a Linear shadow its weight while its forward runs: the parameters, the state dict and the forward
-stay what they are, and the gradient of a slice is a full gradient with zeros. Whether a model's forward bears that is not
-guessed: on the first training step each module computes its output both ways, and slices only if the two agree.
+Under grouped-query attention the unit is a key/value group with all its query heads. The projections are sliced by
+letting
+the *instance dictionary* of a Linear shadow its weight while its forward runs: the parameters, the state dict and the
+forward
+stay what they are, and the gradient of a slice is a full gradient with zeros. Whether a model's forward bears that is
+not guessed: on the first training step each module computes its output both ways, and slices only if the two agree.
 """
 
 from __future__ import annotations
@@ -27,8 +29,23 @@ if TYPE_CHECKING:
 __all__ = ["Projection", "attend_kept", "connect_projections", "find_projections"]
 
 APART = (("q_proj", "k_proj", "v_proj"), ("query", "key", "value"), ("q", "k", "v"), ("q_lin", "k_lin", "v_lin"))
-FUSED = {"c_attn": 3, "qkv_proj": 3, "qkv": 3, "Wqkv": 3, "query_key_value": 1}  # [q | k | v], or q, k and v of each head in turn
-SIZES = ("split_size", "num_heads", "num_attention_heads", "num_key_value_heads", "n_heads", "embed_dim", "inner_dim", "all_head_size")
+FUSED = {
+    "c_attn": 3,
+    "qkv_proj": 3,
+    "qkv": 3,
+    "Wqkv": 3,
+    "query_key_value": 1,
+}  # [q | k | v], or q, k and v of each head in turn
+SIZES = (
+    "split_size",
+    "num_heads",
+    "num_attention_heads",
+    "num_key_value_heads",
+    "n_heads",
+    "embed_dim",
+    "inner_dim",
+    "all_head_size",
+)
 OUT = ("o_proj", "out_proj", "o", "out_lin", "c_proj", "dense", "proj", "Wo")
 
 
@@ -52,12 +69,14 @@ def _linear(module: nn.Module | None) -> bool:
 
 
 def _width(module: nn.Module, role: str) -> int:
-    shape = module.weight.shape  # type: ignore[union-attr]
+    assert isinstance(module.weight, torch.Tensor)
+    shape = module.weight.shape
     return int(shape[0] if (role == "in") == (type(module) is nn.Linear) else shape[1])
 
 
 def find_projections(model: nn.Module, path: str, heads: int | None) -> tuple[nn.Module, list[Projection]] | None:
-    """The block around the attention module at `path` and its projections, or None if they are no plain linear layers."""
+    """The block around the attention module at `path` and its projections, or None if they are no plain linear
+    layers."""
     if heads is None:
         return None
     module = model.get_submodule(path)
@@ -167,7 +186,11 @@ class Draw(SeamHook):
                 _split(self.attention, gate)
                 sliced = _first(block.forward(*args, **kwargs))
             return expected.shape == sliced.shape and torch.allclose(expected, sliced, rtol=1e-2, atol=1e-3)
-        except (RuntimeError, ValueError, IndexError):  # a forward that counts on every head: its own projections stay whole
+        except (
+            RuntimeError,
+            ValueError,
+            IndexError,
+        ):  # a forward that counts on every head: its own projections stay whole
             return False
         finally:
             _unsplit(self.attention)
@@ -192,7 +215,8 @@ def _first(output: Any) -> torch.Tensor:
 
 
 def _split(attention: nn.Module, gate: DropHeadGate) -> None:
-    """Sizes that the forward reads from its module (GPT-2 splits a fused output, OPT reshapes) follow the slices for this pass."""
+    """Sizes that the forward reads from its module (GPT-2 splits a fused output, OPT reshapes) follow the slices for
+    this pass."""
     if gate.slicing and gate.kept is not None:
         sizes = {name: value for name in SIZES if isinstance(value := attention.__dict__.get(name), int)}
         attention.__dict__["_hf_reg_sizes"] = sizes
@@ -221,7 +245,8 @@ def connect_projections(model: nn.Module, path: str, gate: DropHeadGate) -> bool
 
 
 def attend_kept(gate: DropHeadGate, function: Callable[..., Any]) -> Callable[..., Any]:
-    """`function` for the kept heads only; the model sees the full output, with zeros, unless its projections are sliced."""
+    """`function` for the kept heads only; the model sees the full output, with zeros, unless its projections are
+    sliced."""
 
     def attend(module: nn.Module, query: Any, key: Any, value: Any, mask: Any, **kwargs: Any) -> Any:
         kept = gate.kept

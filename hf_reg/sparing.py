@@ -1,7 +1,7 @@
 """Tokens that a patch must not select, such as `[CLS]` and `[SEP]`, found by their ids.
 
-An attention module never sees `input_ids`, so each sub-model that does hands a mask down with its keyword arguments. The
-mask travels with the call itself, so that gradient checkpointing repeats a layer with the mask it had.
+An attention module never sees `input_ids`, so each sub-model that does hands a mask down with its keyword arguments.
+The mask travels with the call itself, so that gradient checkpointing repeats a layer with the mask it had.
 """
 
 from __future__ import annotations
@@ -32,7 +32,8 @@ class SpareTokens(SeamHook):
         input_ids = kwargs.get("input_ids", args[0] if args else None)
         if input_ids is None:
             raise ValueError(
-                "spare_token_ids needs `input_ids`, but the model was called without (with `inputs_embeds`, say). Pass "
+                "spare_token_ids needs `input_ids`, but the model was called without (with `inputs_embeds`, "
+                "say). Pass "
                 "`input_ids`, or patch with spare_token_ids=()."
             )
         wanted = torch.tensor(self.ids, device=input_ids.device)
@@ -52,7 +53,9 @@ def takes_ids(model: nn.Module, path: str) -> PreTrainedModel:
             parameters = inspect.signature(type(module).forward).parameters
             if "input_ids" in parameters and any(p.kind is p.VAR_KEYWORD for p in parameters.values()):
                 return module
-    raise ValueError(f"spare_token_ids: no model around {path!r} takes input_ids and hands keywords on; leave it empty.")
+    raise ValueError(
+        f"spare_token_ids: no model around {path!r} takes input_ids and hands keywords on; leave it empty."
+    )
 
 
 def spare_tokens(model: nn.Module, path: str, owner: Any, ids: tuple[int, ...]) -> None:

@@ -1,7 +1,7 @@
 """Hiding whole tokens in an attention mask: three ways to compute the same thing.
 
-A *selected* token attends to itself only, or (`self_masked`) to everything but itself; the rows that are not selected lose the
-columns that `hide` names. A row that would lose its last key keeps the keys it had.
+A *selected* token attends to itself only, or (`self_masked`) to everything but itself; the rows that are not selected
+lose the columns that `hide` names. A row that would lose its last key keeps the keys it had.
 """
 
 from __future__ import annotations
@@ -31,18 +31,27 @@ def _columns(selected: torch.Tensor, self_masked: torch.Tensor, hide: str) -> to
 def hide_tokens(allowed: torch.Tensor, selected: torch.Tensor, self_masked: torch.Tensor, hide: str) -> torch.Tensor:
     """For any device and for `torch.compile`: a few dense operations, no data-dependent shape.
 
-    `allowed` (B, 1 | H, Tq, Tk) or (B, Tq, Tk) bool, the queries being the last Tq keys; `selected`, `self_masked` (B, Tk).
+    `allowed` (B, 1 | H, Tq, Tk) or (B, Tq, Tk) bool, the queries being the last Tq keys; `selected`, `self_masked`
+    (B, Tk).
     """
     queries, keys = allowed.shape[-2:]
-    if selected.shape[-1] != keys or selected.shape != self_masked.shape or allowed.dim() not in (3, 4) or keys < queries:
+    if (
+        selected.shape[-1] != keys
+        or selected.shape != self_masked.shape
+        or allowed.dim() not in (3, 4)
+        or keys < queries
+    ):
         raise ValueError(
-            f"allowed {tuple(allowed.shape)}, selected {tuple(selected.shape)}, self_masked {tuple(self_masked.shape)}: "
+            f"allowed {tuple(allowed.shape)}, selected {tuple(selected.shape)}, self_masked "
+            f"{tuple(self_masked.shape)}: "
             "expected (B, 1 | H, Tq, Tk) or (B, Tq, Tk), (B, Tk) and (B, Tk) with Tq <= Tk."
         )
     grid = allowed if allowed.dim() == 4 else allowed[:, None]
     offset = keys - queries
     own = torch.arange(keys, device=grid.device) == torch.arange(offset, keys, device=grid.device)[:, None]
-    selected = selected & pad(grid.diagonal(offset, dim1=-2, dim2=-1).any(1), (offset, 0))  # padding does not see itself
+    selected = selected & pad(
+        grid.diagonal(offset, dim1=-2, dim2=-1).any(1), (offset, 0)
+    )  # padding does not see itself
     columns = _columns(selected, self_masked, hide)[:, None, None, :]
     row_selected, row_self = (rows[:, None, offset:, None] for rows in (selected, self_masked))
     visible = grid & torch.where(row_selected, own ^ row_self, ~columns)
@@ -63,7 +72,9 @@ def hide_tokens_by_rows(
     columns = (~_columns(selected, self_masked, hide)).view(word)[:, None]
     row = selected[:, offset:].flatten().nonzero()[:, 0]  # of the (B * Tq, Tk) table
     example, own = row // queries, row % queries + offset
-    takes_self = self_masked.flatten()[example * keys + own] if self_masked.is_contiguous() else self_masked[example, own]
+    takes_self = (
+        self_masked.flatten()[example * keys + own] if self_masked.is_contiguous() else self_masked[example, own]
+    )
     rows = (takes_self.to(word) * full)[:, None]
     if view.allowed is None:
         visible, was = columns.expand(-1, queries, -1).contiguous(), None

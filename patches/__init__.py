@@ -1,12 +1,11 @@
 """One regularizer a file. Add a method here, and nowhere else in the package (CONTRIBUTING.md)."""
 
 from hf_reg.base import Patch
+from hf_reg.patches.drophead import DropHead
+from hf_reg.patches.head_mask import HeadMask
+from hf_reg.patches.tlm import TLM
 
-from .drophead import DropHead
-from .head_mask import HeadMask
-from .tlm import TLM
 
-
-__all__ = ["PATCHES", "DropHead", "HeadMask", "TLM"]
+__all__ = ["PATCHES", "TLM", "DropHead", "HeadMask"]
 
 PATCHES: dict[str, type[Patch]] = {"tlm": TLM, "drophead": DropHead, "head_mask": HeadMask}

@@ -20,8 +20,8 @@ __all__ = ["DropHead", "drop_heads", "keep_heads"]
 def keep_heads(batch: int, heads: int, p: torch.Tensor | float, device: torch.device | str = "cpu") -> torch.Tensor:
     """Draw which heads stay, (batch, heads) bool: each is dropped with probability `p`, independently.
 
-    The head with the largest number always stays, so no row is empty: where every head was dropped that is one of them,
-    uniformly at random; elsewhere it had been kept anyway.
+    The head with the largest number always stays, so no row is empty: where every head was dropped that is one of
+    them, uniformly at random; elsewhere it had been kept anyway.
     """
     noise = torch.rand(batch, heads, device=device)
     return (noise >= p) | (noise == noise.amax(-1, keepdim=True))
@@ -45,8 +45,8 @@ def drop_heads(
         heads (`torch.Tensor` of shape `(B, T, H, D)`): the output of each head, before the output projection.
         keep (`torch.BoolTensor` of shape `(B, H)`): the heads that stay.
         rescale (`str`, *optional*, defaults to `"kept"`):
-            `"kept"`: times (number of heads) / (number kept), so that the mean over draws is the undropped output given that
-            a head stays; `"expectation"`: divided by 1 - p, as in ordinary dropout.
+            `"kept"`: times (number of heads) / (number kept), so that the mean over draws is the undropped output
+            given that a head stays; `"expectation"`: divided by 1 - p, as in ordinary dropout.
         p (`float`, *optional*): the drop probability, needed for `"expectation"`.
 
     Raises:
@@ -62,20 +62,24 @@ def drop_heads(
 class DropHead(Patch):
     """DropHead: drops whole attention heads at random, in self- and cross-attention.
 
-    From *Scheduled DropHead: A Regularization Method for Transformer Models* (Findings of EMNLP 2020, arXiv 2004.13342). In
-    training, each head of each layer is dropped with probability `p` and the others are scaled up; at least one head stays. It
-    acts on the output of the heads, so it works with every attention backend. Evaluation is untouched.
+    From *Scheduled DropHead: A Regularization Method for Transformer Models* (Findings of EMNLP 2020, arXiv
+    2004.13342). In
+    training, each head of each layer is dropped with probability `p` and the others are scaled up; at least one head
+    stays. It acts on the output of the heads, so it works with every attention backend. Evaluation is untouched.
 
     Args:
-        p (`float`, *optional*, defaults to 0.2): probability to drop a head, in [0, 1). Our choice within the range usually tried
+        p (`float`, *optional*, defaults to 0.2): probability to drop a head, in [0, 1). Our choice within the range
+        usually tried
             (0.1 to 0.3); the published values per task could not be verified.
-        granularity (`str`, *optional*, defaults to `"example"`): one draw an `"example"`, or one for the whole `"batch"`.
-        rescale (`str`, *optional*, defaults to `"kept"`): `"kept"` or `"expectation"`, see [`drop_heads`].
-        skip (`bool`, *optional*, defaults to `False`): do not compute the dropped heads (needs `granularity="batch"`): attention
-            of the kept heads only and, where the projections are plain linear layers, only their slices; faster than the
-            unpatched model. Under grouped-query attention a key/value group is dropped as a whole. Every parameter keeps a
-            gradient. Inside `torch.compile` and with a key/value cache, the heads are multiplied by zero or sliced after the
-            projections instead, with the same result.
+        granularity (`str`, *optional*, defaults to `"example"`): one draw an `"example"`, or one for the whole
+        `"batch"`. rescale (`str`, *optional*, defaults to `"kept"`): `"kept"` or `"expectation"`, see [`drop_heads`].
+        skip (`bool`, *optional*, defaults to `False`): do not compute the dropped heads (needs
+        `granularity="batch"`): attention
+            of the kept heads only and, where the projections are plain linear layers, only their slices; faster than
+            the unpatched model. Under grouped-query attention a key/value group is dropped as a whole. Every parameter
+            keeps a
+            gradient. Inside `torch.compile` and with a key/value cache, the heads are multiplied by zero or sliced
+            after the projections instead, with the same result.
         attention (`str`, *optional*, defaults to `"all"`): `"self"`, `"cross"` or `"all"`.
         layers, submodel: see [`Patch`].
         schedule: see [`Patch`]; `"v_shape"` is the schedule of the paper.
@@ -109,9 +113,13 @@ class DropHead(Patch):
         if not self.skip:
             return
         if site.kind != "interface":
-            raise ValueError(f"drophead: skip=True cannot reach {site.path}, which has attention code of its own; use skip=False.")
+            raise ValueError(
+                f"drophead: skip=True cannot reach {site.path}, which has attention code of its own; use skip=False."
+            )
         if site.groups == 1:
-            raise ValueError(f"drophead: {site.path} has a single key/value group, so nothing can be skipped; use skip=False.")
+            raise ValueError(
+                f"drophead: {site.path} has a single key/value group, so nothing can be skipped; use skip=False."
+            )
 
     def gate(self, site: AttentionSite) -> DropHeadGate:
         return DropHeadGate(self, site)
@@ -155,5 +163,9 @@ class DropHeadGate(RateGate):
     def notes(self) -> str:
         if not self.patch.skip:
             return ""
-        how = {None: "slices projections if the first step agrees", True: "projections sliced", False: "skips attention only"}
+        how = {
+            None: "slices projections if the first step agrees",
+            True: "projections sliced",
+            False: "skips attention only",
+        }
         return how[self.sliceable]

@@ -24,7 +24,8 @@ class HeadMask(Patch):
     removing the head from the projections would do (*Are Sixteen Heads Really Better than One?*, arXiv 1905.10650).
 
     Args:
-        heads (mapping of `int` to sequence of `int`): heads to switch off by layer, `{layer: [head, ...]}`; negative ones count
+        heads (mapping of `int` to sequence of `int`): heads to switch off by layer, `{layer: [head, ...]}`; negative
+        ones count
             from the end. In a model with several sub-models name one with `submodel=`.
         attention (`str`, *optional*, defaults to `"self"`): `"self"`, `"cross"` or `"all"`.
         submodel: see [`Patch`]. `layers` is given by `heads`.
@@ -53,9 +54,13 @@ class HeadMask(Patch):
         return (*self.heads.get(site.layer, ()), *self.heads.get(site.layer - site.layers, ()))
 
     def check(self, model: nn.Module, site: AttentionSite) -> None:
-        beyond = [head for head in self.chosen(site) if site.heads is not None and not -site.heads <= head < site.heads]
+        beyond = [
+            head for head in self.chosen(site) if site.heads is not None and not -site.heads <= head < site.heads
+        ]
         if beyond:
-            raise ValueError(f"head_mask: {site.path or 'the model'} has {site.heads} heads, but heads {beyond} are named.")
+            raise ValueError(
+                f"head_mask: {site.path or 'the model'} has {site.heads} heads, but heads {beyond} are named."
+            )
 
     def gate(self, site: AttentionSite) -> HeadMaskGate:
         return HeadMaskGate(self, self.chosen(site))

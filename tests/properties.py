@@ -1,6 +1,8 @@
-"""The properties that every patch must have on every model: the rows of the test matrix, used by test_patches.py and the sweep.
+"""The properties that every patch must have on every model: the rows of the test matrix, used by test_patches.py and
+the sweep.
 
-A property takes a `Case` and returns None when it holds, or a reason why it does not apply; it raises AssertionError when broken.
+A property takes a `Case` and returns None when it holds, or a reason why it does not apply; it raises AssertionError
+when broken.
 """
 
 from __future__ import annotations
@@ -73,14 +75,18 @@ class Case:
         torch.manual_seed(seed)
         self.model.zero_grad()
         outputs = forward(self.model, self.tiny.inputs)
-        sum((o.float() * torch.linspace(-1, 1, o.numel()).view(o.shape)).sum() for o in outputs if o.requires_grad).backward()
+        sum(
+            (o.float() * torch.linspace(-1, 1, o.numel()).view(o.shape)).sum() for o in outputs if o.requires_grad
+        ).backward()
         found = {name: p.grad.clone() for name, p in self.model.named_parameters() if p.grad is not None}
         self.model.zero_grad()
         return found
 
 
 def same(a: list[Tensor], b: list[Tensor]) -> bool:
-    return len(a) == len(b) and all(x.shape == y.shape and torch.equal(x.nan_to_num(7), y.nan_to_num(7)) for x, y in zip(a, b))
+    return len(a) == len(b) and all(
+        x.shape == y.shape and torch.equal(x.nan_to_num(7), y.nan_to_num(7)) for x, y in zip(a, b, strict=True)
+    )
 
 
 def distance(a: list[Tensor], b: list[Tensor]) -> float:
@@ -137,8 +143,10 @@ def unpatch_restores(case: Case) -> str | None:
     assert not any("hf_reg" in key for key in keys), "the state dict shows the patch"
     unpatch_model(case.model)
     assert keys == list(case.model.state_dict()) and names == [name for name, _ in case.model.named_modules()]
-    assert not any(type(h).__module__.startswith("hf_reg") for m in case.model.modules()
-                   for h in (*m._forward_hooks.values(), *m._forward_pre_hooks.values())), "hooks are left"  # fmt: skip
+    hooks = [
+        hook for m in case.model.modules() for hook in (*m._forward_hooks.values(), *m._forward_pre_hooks.values())
+    ]
+    assert not any(type(hook).__module__.startswith("hf_reg") for hook in hooks), "hooks are left"
     assert same(before, case.run()), "unpatching does not restore the output"
     return None
 
@@ -246,7 +254,8 @@ def checkpointing_repeats(case: Case) -> str | None:
 
 
 def visibility_respected(case: Case) -> str | None:
-    """Padding, causality, windows: a change of one token moves no output that it does not move in the unpatched model."""
+    """Padding, causality, windows: a change of one token moves no output that it does not move in the unpatched
+    model."""
     ids = case.tiny.inputs.get("input_ids")
     if not isinstance(ids, Tensor) or ids.dim() != 2 or ids.dtype != torch.long or ids.shape[1] < 4:
         return "no input_ids"

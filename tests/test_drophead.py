@@ -25,7 +25,9 @@ def test_equals_the_slow_loop(rescale: str, count: int) -> None:
     for seed in range(20):
         torch.manual_seed(seed)
         heads, keep = torch.randn(3, 5, count, 4), keep_heads(3, count, 0.4)
-        assert torch.allclose(drop_heads(heads, keep, rescale=rescale, p=0.4), slow(heads, keep, rescale, 0.4), atol=1e-6)
+        assert torch.allclose(
+            drop_heads(heads, keep, rescale=rescale, p=0.4), slow(heads, keep, rescale, 0.4), atol=1e-6
+        )
 
 
 @pytest.mark.parametrize("p", [0.0, 0.2, 0.9, 1.0])

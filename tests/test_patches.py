@@ -11,10 +11,11 @@ from .properties import PATCHES, PROPERTIES, Case, build, check
 
 
 ARCHITECTURES = [
-    "bert", "roberta", "distilbert", "electra", "modernbert", "gpt2", "gpt_neox", "opt", "llama", "mistral", "qwen3", "gemma3_text",
-    "phi3", "mixtral", "t5", "bart", "marian", "vit", "clip", "whisper", "deberta-v2",
+    "bert", "roberta", "distilbert", "electra", "modernbert", "gpt2", "gpt_neox", "opt", "llama", "mistral", "qwen3",
+    "gemma3_text", "phi3", "mixtral", "t5", "bart", "marian", "vit", "clip", "whisper", "deberta-v2",
 ]  # fmt: skip
-# Where a property cannot apply, and why. Anything else that reports "not applicable" is a failure: nothing goes vacuous here.
+# Where a property cannot apply, and why. Anything else that reports "not applicable" is a failure: nothing goes
+# vacuous here.
 NOT_APPLICABLE = {
     ("vit", "visibility_respected"), ("whisper", "visibility_respected"),  # no input_ids
     ("deberta-v2", "backends_agree"),  # own attention code: one backend
@@ -30,7 +31,9 @@ def test_every_property(model_type: str, patch: str) -> None:
         assert (reason is not None) == ((model_type, name) in NOT_APPLICABLE), f"{name}: {reason}"
 
 
-@pytest.mark.parametrize("model_type", [name for name in ARCHITECTURES if name != "deberta-v2"])  # refused: test_patching.py
+@pytest.mark.parametrize(
+    "model_type", [name for name in ARCHITECTURES if name != "deberta-v2"]
+)  # refused: test_patching.py
 def test_skip_equals_multiplying_by_zero(model_type: str) -> None:
     """The sliced projections give the outputs and gradients of the same heads dropped after full projections."""
     tiny = build(model_type)

@@ -1,6 +1,7 @@
 """Every architecture of the installed transformers, under every property of the matrix; writes tests/coverage.json.
 
-A property that does not hold for a type must be listed in `KNOWN` with its reason, and one that is listed must not hold.
+A property that does not hold for a type must be listed in `KNOWN` with its reason, and one that is listed must not
+hold.
 """
 
 from __future__ import annotations
@@ -34,7 +35,9 @@ def examine(model_type: str) -> dict[str, Any]:
             try:
                 reason = check(case, name)
                 verdicts[name] = "holds" if reason is None else f"n/a: {reason}"
-            except Exception as error:  # whatever breaks is a verdict: the sweep goes on and the test below fails on it
+            except (
+                Exception
+            ) as error:  # whatever breaks is a verdict: the sweep goes on and the test below fails on it
                 verdicts[name] = f"BROKEN: {type(error).__name__}: {str(error)[:200]}"
     verdicts = [verdict for patch in found["patches"].values() for verdict in patch.values()]
     found["complete"] = bool(verdicts) and not any(verdict.startswith("BROKEN") for verdict in verdicts)

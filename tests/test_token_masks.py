@@ -17,14 +17,19 @@ def slow(allowed: torch.Tensor, selected: torch.Tensor, self_masked: torch.Tenso
     batch, queries, keys = allowed.shape
     out = torch.zeros_like(allowed)
     for b in range(batch):
-        chosen = [bool(selected[b, j]) and j >= keys - queries and bool(allowed[b, j - (keys - queries), j]) for j in range(keys)]
+        chosen = [
+            bool(selected[b, j]) and j >= keys - queries and bool(allowed[b, j - (keys - queries), j])
+            for j in range(keys)
+        ]
         for i in range(queries):
             me = i + keys - queries
             for j in range(keys):
                 if chosen[me]:
                     sees = j != me if self_masked[b, me] else j == me
                 else:
-                    gone = {"selected": chosen[j], "siblings": chosen[j] and not self_masked[b, j], "none": False}[hide]
+                    gone = {"selected": chosen[j], "siblings": chosen[j] and not self_masked[b, j], "none": False}[
+                        hide
+                    ]
                     sees = not gone
                 out[b, i, j] = sees and allowed[b, i, j]
             if not out[b, i].any():
@@ -33,7 +38,7 @@ def slow(allowed: torch.Tensor, selected: torch.Tensor, self_masked: torch.Tenso
 
 
 def authors(padding: torch.Tensor, selected: torch.Tensor, self_masked: torch.Tensor) -> torch.Tensor:
-    """The official function, for rows of text without padding (METHODS 1.1): keep = 1 where neither selected nor padding."""
+    """The official function (METHODS 1.1), for text without padding; 1 = neither selected nor padding."""
     ordinary = (padding & ~selected).long()
     rows = []
     for b in range(len(padding)):
@@ -48,7 +53,8 @@ def authors(padding: torch.Tensor, selected: torch.Tensor, self_masked: torch.Te
 
 @st.composite
 def problems(draw: st.DrawFn) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor, str]:
-    """A mask of a kind that occurs, and a draw: padding on either side, causal, window, packed, prefix keys, or arbitrary."""
+    """A mask of a kind that occurs, and a draw: padding on either side, causal, window, packed, prefix keys, or
+    arbitrary."""
     generator = torch.Generator().manual_seed(draw(st.integers(0, 2**31)))
     batch, queries = draw(st.integers(1, 3)), draw(st.integers(1, 17))
     prefix = draw(st.sampled_from([0, 0, 3, 8]))
@@ -93,7 +99,9 @@ def test_what_no_mask_may_do(problem: tuple[torch.Tensor, torch.Tensor, torch.Te
     assert torch.equal(token_level_mask(allowed, nothing, self_masked, hide=hide), allowed)
     only_prefix = selected.clone()
     only_prefix[:, prefix:] = False
-    assert torch.equal(token_level_mask(allowed, only_prefix, self_masked, hide=hide), allowed), "a cached key was selected"
+    assert torch.equal(token_level_mask(allowed, only_prefix, self_masked, hide=hide), allowed), (
+        "a cached key was selected"
+    )
 
 
 @settings(max_examples=150, deadline=None)
@@ -157,7 +165,9 @@ def test_bad_shapes_are_named() -> None:
     with pytest.raises(ValueError, match=r"expected \(B, 1 \| H, Tq, Tk\)"):
         token_level_mask(torch.ones(2, 4, 4, dtype=torch.bool), torch.zeros(2, 5) > 0, torch.zeros(2, 5) > 0)
     with pytest.raises(ValueError, match="hide='all' is not known; choose one of 'selected', 'siblings', 'none'"):
-        token_level_mask(torch.ones(2, 4, 4, dtype=torch.bool), torch.zeros(2, 4) > 0, torch.zeros(2, 4) > 0, hide="all")
+        token_level_mask(
+            torch.ones(2, 4, 4, dtype=torch.bool), torch.zeros(2, 4) > 0, torch.zeros(2, 4) > 0, hide="all"
+        )
 
 
 def drawn(patch: TLM, batch: int = 400, length: int = 50) -> tuple[torch.Tensor, torch.Tensor]:

@@ -544,7 +544,7 @@ SPECIAL: dict[str, Callable[[Context], dict[str, Any]]] = {
     },
     "qwen2_5_omni_bigvgan": lambda ctx: {"mel_spectrogram": torch.randn(BATCH, ctx.config.mel_dim, TEXT)},
     "depth_pro": fixed(pixel_values=(BATCH, 3, 256, 256)),
-    "pp_ocrv5_mobile_rec": fixed(pixel_values=(BATCH, 3, 48, 320)),
+    "pp_ocrv5_mobile_rec": fixed(pixel_values=(BATCH, 3, 96, 320)),
     "moshi_depth": lambda ctx: {
         "input_ids": plain_tokens(4),
         "last_hidden_state": torch.randn(BATCH, 1, ctx.config.input_size),

@@ -1,4 +1,5 @@
-"""`python -m tests.benchmarks [--rounds N]`: run every benchmark, print the table, write results.md beside this file."""
+"""`python -m tests.benchmarks [--rounds N]`: run every benchmark, print the table, write results.md beside this
+file."""
 
 from __future__ import annotations
 
@@ -32,8 +33,10 @@ def markdown(rows: list[Row], rounds: int) -> str:
     lines = [
         "# Benchmark results",
         "",
-        f"Written by `make bench`: {stack}, Python {platform.python_version()}, one thread, CPU clock, {rounds} rounds, every",
-        "variant once a round in random order. A ratio is the median over the rounds of ours / peer (for the mask: peer / ours).",
+        f"Written by `make bench`: {stack}, Python {platform.python_version()}, one thread, CPU clock, {rounds} "
+        f"rounds, every",
+        "variant once a round in random order. A ratio is the median over the rounds of ours / peer (for the "
+        "mask: peer / ours).",
         "",
         "| " + " | ".join(COLUMNS) + " |",
         "|" + "---|" * len(COLUMNS),

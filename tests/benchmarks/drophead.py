@@ -23,10 +23,14 @@ def run(rounds: int) -> list[Row]:
         for p in SKIP[length]:
             variants[f"skip, p = {p}"] = patch_model(minilm(), "drophead", p=p, skip=True, granularity="batch")
         times = interleave(
-            {name: step(model, batch, length) for name, model in variants.items()}, rounds, f"DropHead step {batch} x {length}"
+            {name: step(model, batch, length) for name, model in variants.items()},
+            rounds,
+            f"DropHead step {batch} x {length}",
         )
         targets = TARGETS | {f"skip, p = {p}": target for p, target in SKIP[length].items()}
         for ours, target in targets.items():
             middle, spread = ratio(times, ours, "unpatched")
-            rows.append(Row("DropHead", f"MiniLM step, {batch} x {length}", ours, "unpatched", middle, target, spread=spread))
+            rows.append(
+                Row("DropHead", f"MiniLM step, {batch} x {length}", ours, "unpatched", middle, target, spread=spread)
+            )
     return rows

@@ -31,8 +31,11 @@ class Row:
         return self.ratio >= self.target if self.at_least else self.ratio <= self.target
 
 
-def interleave(variants: dict[str, Callable[[], object]], rounds: int, label: str, warmup: int = 2) -> dict[str, list[float]]:
-    """CPU seconds of each variant, a value per round, the order shuffled within each round (one thread: see __main__)."""
+def interleave(
+    variants: dict[str, Callable[[], object]], rounds: int, label: str, warmup: int = 2
+) -> dict[str, list[float]]:
+    """CPU seconds of each variant, a value per round, the order shuffled within each round (one thread: see
+    __main__)."""
     times: dict[str, list[float]] = {name: [] for name in variants}
     order = list(variants)
     shuffle = random.Random(0)

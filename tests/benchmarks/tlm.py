@@ -18,7 +18,8 @@ REPEATS = 20
 
 
 def authors_mask(padding: torch.Tensor, rate: float) -> torch.Tensor:
-    """The mask of the authors' BERT, written from METHODS 1.1 as they do it: a Python loop over the rows of every example."""
+    """The mask of the authors' BERT, written from METHODS 1.1 as they do it: a Python loop over the rows of every
+    example."""
     batch, length = padding.shape
     ordinary = padding * torch.bernoulli(torch.full((batch, length), 1 - rate))
     rows = []
@@ -55,7 +56,9 @@ def run(rounds: int) -> list[Row]:
         middle, spread = ratio(times, "loop", "ours")
         spread = (spread[0] * REPEATS, spread[1] * REPEATS)
         case = f"mask of a layer, {batch} x {length}"
-        rows.append(Row("TLM", case, "times faster", "authors' loop", middle * REPEATS, 100, at_least=True, spread=spread))
+        rows.append(
+            Row("TLM", case, "times faster", "authors' loop", middle * REPEATS, 100, at_least=True, spread=spread)
+        )
 
     for batch, length in ((16, 128), (8, 512)):
         variants = {
@@ -66,7 +69,9 @@ def run(rounds: int) -> list[Row]:
         if length == 128:
             variants["HF default, eager"] = minilm(attention_dropout=0.1, implementation="eager")
         times = interleave(
-            {name: step(model, batch, length) for name, model in variants.items()}, rounds, f"TLM step {batch} x {length}"
+            {name: step(model, batch, length) for name, model in variants.items()},
+            rounds,
+            f"TLM step {batch} x {length}",
         )
         case = f"MiniLM step, {batch} x {length}"
         limits = {"no dropout": 1.02, "HF default": 0.6 if length == 512 else 1.0, "HF default, eager": 1.0}
