@@ -33,6 +33,14 @@ __all__ = ["SeamHook", "connect", "disconnect", "reach"]
 
 MASK_ARGUMENT = ("DisentangledSelfAttention",)
 NAME = re.compile(r"attention|attn", re.IGNORECASE)
+# Auto-correlation, chunked or sliding scores: nothing of the shape (B, H, Tq, Tk) that a mask or a head could be found in.
+OTHER_SHAPES = (
+    "AutoformerAttention",
+    "Gemma3nAudioAttention",
+    "Gemma4AudioAttention",
+    "HieraMaskUnitAttention",
+    "LongformerSelfAttention",
+)
 SOFTMAX = (F.softmax, torch.softmax, torch.Tensor.softmax)
 _running: list[_Operations] = []
 
@@ -44,7 +52,7 @@ def reach(module: nn.Module) -> str | None:
     name = type(module).__name__
     if name in MASK_ARGUMENT:
         return "mask_argument"
-    if isinstance(module, (PreTrainedModel, nn.MultiheadAttention)) or not NAME.search(name):
+    if isinstance(module, (PreTrainedModel, nn.MultiheadAttention)) or name in OTHER_SHAPES or not NAME.search(name):
         return None
     names = class_names(type(module))  # type: ignore[arg-type]
     if names.isdisjoint(("softmax", "scaled_dot_product_attention")) or count_heads(module) is None:

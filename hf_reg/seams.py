@@ -282,6 +282,11 @@ def find_attention(model: nn.Module) -> list[AttentionSite]:
     return sites
 
 
+def _mixes_tokens(module: nn.Module) -> bool:
+    name = type(module).__name__
+    return bool(OWN.search(name)) and not re.search(r"Norm|Embed|Rotary|Output$", name)
+
+
 def find_uncovered(model: nn.Module, sites: list[AttentionSite]) -> dict[str, int]:
     """Modules that mix tokens but are out of reach (linear attention, state spaces, own kernels): class name ->
     count."""
@@ -289,7 +294,7 @@ def find_uncovered(model: nn.Module, sites: list[AttentionSite]) -> dict[str, in
     uncovered: dict[str, int] = {}
     taken: list[str] = []
     for path, module in model.named_modules():
-        if not OWN.search(type(module).__name__) or next(module.parameters(), None) is None:
+        if not _mixes_tokens(module) or next(module.parameters(), None) is None:
             continue
         if any(path == r or r.startswith(f"{path}.") or path.startswith(f"{r}.") for r in reached):
             continue

@@ -11,6 +11,7 @@ import pytest
 
 os.environ.setdefault("HF_HUB_OFFLINE", "1")
 
+import numpy as np
 import torch
 import transformers
 
@@ -26,6 +27,7 @@ REPORT = Path(__file__).with_name("coverage.json")
 @pytest.fixture(autouse=True)
 def seeded() -> None:
     torch.manual_seed(0)
+    np.random.seed(0)
 
 
 def pytest_sessionfinish(session: pytest.Session) -> None:

@@ -11,6 +11,7 @@ from typing import Any
 
 import pytest
 
+from hf_reg import unpatch_model
 from hf_reg.seams import find_attention
 
 from .architectures import MODEL_TYPES, NotBuilt, build
@@ -30,6 +31,13 @@ def examine(model_type: str) -> dict[str, Any]:
         found["reached"][site.kind] = found["reached"].get(site.kind, 0) + 1
     for patch in PATCHES if found["reached"] else ():
         case = Case(model_type, patch, tiny)
+        try:
+            case.attach()
+        except ValueError as error:  # says why, and the model is as it was: an honest refusal
+            found["patches"][patch] = {"refused": str(error)[:200]}
+            continue
+        finally:
+            unpatch_model(case.model)
         verdicts = found["patches"][patch] = {}
         for name in PROPERTIES:
             try:
