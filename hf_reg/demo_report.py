@@ -196,7 +196,7 @@ def conclude(
         console.print(f"  {setting.name}: {setting.describe()}", style="dim", highlight=False)
     console.print()
     if seeds == 1:
-        console.print("One seed cannot tell help from chance: run `hf-reg demo` without --quick for three.")
+        console.print("One seed cannot tell help from chance: give --seed several times, or leave --quick out.")
     else:
         for comparison in comparisons:
             console.print(comparison.sentence(), highlight=False)

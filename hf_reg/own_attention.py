@@ -33,7 +33,8 @@ __all__ = ["SeamHook", "connect", "disconnect", "reach"]
 
 MASK_ARGUMENT = ("DisentangledSelfAttention",)
 NAME = re.compile(r"attention|attn", re.IGNORECASE)
-# Auto-correlation, chunked or sliding scores: nothing of the shape (B, H, Tq, Tk) that a mask or a head could be found in.
+# Auto-correlation, chunked or sliding scores: nothing of the shape (B, H, Tq, Tk) that a mask or a head could be
+# found in.
 OTHER_SHAPES = (
     "AutoformerAttention",
     "Gemma3nAudioAttention",

@@ -300,10 +300,7 @@ def find_uncovered(model: nn.Module, sites: list[AttentionSite]) -> dict[str, in
             continue
         if isinstance(module, PreTrainedModel) or any(path.startswith(f"{t}.") for t in taken):
             continue
-        if any(
-            OWN.search(type(child).__name__) and next(child.parameters(), None) is not None
-            for child in module.children()
-        ):
+        if any(_mixes_tokens(child) and next(child.parameters(), None) is not None for child in module.children()):
             continue
         taken.append(path)
         uncovered[type(module).__name__] = uncovered.get(type(module).__name__, 0) + 1

@@ -41,9 +41,21 @@ def fingerprint(model: nn.Module) -> list[Any]:
         ("bert", "tlm", {"rat": 0.1}, TypeError, r"tlm has no setting 'rat'. Did you mean 'rate'\?"),
         ("bert", "tlm", {"rate": 1.0}, ValueError, r"rate=1.0 is out of range; give 0 <= rate < 1"),
         ("bert", "tlm", {"rate": "0.1"}, TypeError, r"rate must be a number, got '0.1'"),
-        ("bert", "tlm", {"mode": "all"}, ValueError, r"mode='all' is not known; choose one of 'siblings', 'self', 'both'"),
+        (
+            "bert",
+            "tlm",
+            {"mode": "all"},
+            ValueError,
+            r"mode='all' is not known; choose one of 'siblings', 'self', 'both'",
+        ),
         ("bert", "tlm", {"layers": [5]}, ValueError, r"layers \[5\] do not exist. Layers of this model: model: 2"),
-        ("bert", "tlm", {"layers": "x"}, ValueError, r"layers='x' is no layer selection; give 'all', a slice such as '6:'"),
+        (
+            "bert",
+            "tlm",
+            {"layers": "x"},
+            ValueError,
+            r"layers='x' is no layer selection; give 'all', a slice such as '6:'",
+        ),
         ("bert", "tlm", {"layers": "7:"}, ValueError, r"selects no attention module"),
         ("bert", "tlm", {"submodel": "vision"}, ValueError, r"no sub-model \['vision'\] to patch; this model has"),
         ("bert", "drophead", {"skip": True}, ValueError, r"needs granularity='batch'"),
@@ -60,7 +72,7 @@ def fingerprint(model: nn.Module) -> list[Any]:
         ("deberta-v2", "drophead", {"skip": True, "granularity": "batch"}, ValueError, r"attention code of its own"),
         ("vit", "tlm", {"spare_token_ids": [1]}, ValueError, r"no model around .* takes input_ids"),
     ],
-)  # fmt: skip
+)
 def test_errors_leave_the_model_as_it_was(model_type, patch, settings, error, text) -> None:
     model = build(model_type).model
     if model_type == "bert":
@@ -100,7 +112,7 @@ def test_same_name_replaces_and_several_go_together(bert: nn.Module) -> None:
 
 @pytest.mark.parametrize(
     ("layers", "expected"),
-    [("all", {0, 1}), ("1:", {1}), (":1", {0}), ("-1:", {1}), ("::2", {0}), (0, {0}), (-1, {1}), ([0, -1], {0, 1}), ("1", {1})],
+    [("all", {0, 1}), ("1:", {1}), (":1", {0}), ("-1:", {1}), ("::2", {0}), (0, {0}), (-1, {1}), ([0, -1], {0, 1})],
 )  # fmt: skip
 def test_layers(bert: nn.Module, layers, expected) -> None:
     patch_model(bert, "tlm", layers=layers)
@@ -173,7 +185,7 @@ def test_prefix_tuning_selects_no_prefix() -> None:
         for gate in gates(model):
             draw = type(gate).draw
 
-            def spy(self, view, real, draw=draw):
+            def spy(self, view, real, draw=draw, seen=seen):
                 selected, self_masked = draw(self, view, real)
                 seen.append((view.offset, selected[:, : view.offset].any().item(), selected.any().item()))
                 return selected, self_masked
@@ -270,7 +282,7 @@ def test_head_mask_equals_zeroed_projection_columns(bert: nn.Module) -> None:
 
 
 def test_packed_sequences_stay_apart() -> None:
-    """Two sequences in one row, told by position_ids: changing the first leaves the second alone under the same draws."""
+    """Two sequences in one row, told by position_ids: a change in the first leaves the second alone."""
     model = lively(without_dropout(build("llama").model)).train()
     ids = torch.randint(8, 90, (1, 12))
     positions = torch.tensor([[0, 1, 2, 3, 4, 5, 0, 1, 2, 3, 4, 5]])
