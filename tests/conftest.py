@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import os
+import shutil
 from pathlib import Path
 
 import pytest
@@ -20,7 +21,6 @@ torch.set_num_threads(1)
 transformers.logging.set_verbosity(transformers.logging.CRITICAL)
 transformers.utils.logging.disable_progress_bar()
 
-PARTS = Path(__file__).parent / ".sweep"
 REPORT = Path(__file__).with_name("coverage.json")
 
 
@@ -30,15 +30,23 @@ def seeded() -> None:
     np.random.seed(0)
 
 
+def pytest_configure(config: pytest.Config) -> None:
+    if not hasattr(config, "workerinput"):  # this run's own folder; the workers inherit the variable
+        os.environ["HF_REG_SWEEP"] = str(Path(__file__).parent / ".sweep" / str(os.getpid()))
+
+
+def sweep_folder() -> Path:
+    """Where the tests of this run leave what they found, a file per architecture."""
+    return Path(os.environ["HF_REG_SWEEP"])
+
+
 def pytest_sessionfinish(session: pytest.Session) -> None:
     """Once, after all workers: gather what the sweep found into coverage.json."""
-    if hasattr(session.config, "workerinput") or not PARTS.is_dir():
+    if hasattr(session.config, "workerinput") or not sweep_folder().is_dir():
         return
-    parts = {path.stem: json.loads(path.read_text()) for path in sorted(PARTS.glob("*.json"))}
-    for path in PARTS.glob("*.json"):
-        path.unlink()
-    PARTS.rmdir()
-    if len(parts) < 100:  # a few types by hand: not a sweep
+    parts = {path.stem: json.loads(path.read_text()) for path in sorted(sweep_folder().glob("*.json"))}
+    shutil.rmtree(sweep_folder())
+    if len(parts) < len(transformers.CONFIG_MAPPING):  # a few types by hand: not a sweep
         return
     ran = [part for part in parts.values() if part["reached"]]
     totals = {

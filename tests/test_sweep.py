@@ -15,7 +15,7 @@ from hf_reg import unpatch_model
 from hf_reg.seams import find_attention
 
 from .architectures import MODEL_TYPES, NotBuilt, build
-from .conftest import PARTS
+from .conftest import sweep_folder
 from .known import KNOWN
 from .properties import PATCHES, PROPERTIES, Case, check
 
@@ -66,8 +66,8 @@ def test_architecture(model_type: str) -> None:
     for patch, name in broken:
         if name in known:
             found["patches"][patch][name] += f" -- known: {known[name]}"
-    PARTS.mkdir(exist_ok=True)
-    (PARTS / f"{model_type}.json").write_text(json.dumps(found))
+    sweep_folder().mkdir(parents=True, exist_ok=True)
+    (sweep_folder() / f"{model_type}.json").write_text(json.dumps(found))
     unexpected = {key: verdict for key, verdict in broken.items() if key[1] not in known}
     assert not unexpected, unexpected
     assert set(known) <= {name for _, name in broken}, f"listed as known, but it holds: {known}"
