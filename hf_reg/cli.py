@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import inspect
 import json
 from dataclasses import MISSING, fields
 from pathlib import Path
@@ -50,6 +51,11 @@ def demo(
         raise typer.Exit(1) from error
 
 
+def _summary(patch: Any) -> str:
+    """The first paragraph of the docstring, on one line."""
+    return " ".join((inspect.getdoc(patch) or "").partition("\n\n")[0].split())
+
+
 def _defaults(patch: Any) -> dict[str, Any]:
     """The settings of a `Patch` class and their defaults, those of the method itself first."""
     own = [f for f in fields(patch) if f.init and not f.kw_only]
@@ -66,9 +72,7 @@ def methods(
     """List the methods that `patch_model` knows by name, with their settings and defaults."""
     from .patches import PATCHES
 
-    rows = [
-        (name, (patch.__doc__ or "").strip().partition("\n")[0], _defaults(patch)) for name, patch in PATCHES.items()
-    ]
+    rows = [(name, _summary(patch), _defaults(patch)) for name, patch in PATCHES.items()]
     if as_json:
         keys = ("name", "description", "settings")
         typer.echo(json.dumps([dict(zip(keys, row, strict=True)) for row in rows], indent=1, default=repr))

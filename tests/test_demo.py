@@ -128,7 +128,7 @@ def test_methods_lists_every_patch():
 
     rows = json.loads(CliRunner().invoke(app, ["methods", "--json"]).output)
     assert [row["name"] for row in rows] == list(PATCHES)
-    assert all(row["description"] and row["settings"] for row in rows)
+    assert all(row["description"].endswith(".") and row["settings"] for row in rows)
     assert next(row for row in rows if row["name"] == "tlm")["settings"]["rate"] == 0.1
     table = CliRunner().invoke(app, ["methods"])
     assert table.exit_code == 0
