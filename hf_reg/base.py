@@ -14,7 +14,7 @@ from .schedules import Schedule, make_schedule
 
 if TYPE_CHECKING:
     from .masks import BlockView, TokenView
-    from .seams import AttentionSite
+    from .sites import AttentionSite
 
 
 __all__ = ["Gate", "Patch", "RateGate", "check_choice", "check_range"]
@@ -52,6 +52,7 @@ class Patch:
     """
 
     name: ClassVar[str] = ""
+    acts_on: ClassVar[str] = "attention"  # in words, what `accepts` accepts
     rate_field: ClassVar[str | None] = None  # the setting that the schedule multiplies
     in_eval: ClassVar[bool] = False  # True only for deterministic interventions such as `head_mask`
 
@@ -109,9 +110,7 @@ class Gate(nn.Module):
     """
 
     hides: ClassVar[bool] = False  # whether `hide` does anything
-    replaces_dropout: bool = (
-        False  # whether the model's own attention-probability dropout is off while this gate is on
-    )
+    replaces_dropout: bool = False  # whether the model's attention-probability dropout is off while this gate is on
 
     def __init__(self, patch: Patch) -> None:
         super().__init__()

@@ -12,7 +12,8 @@ from torch import nn
 
 from .base import Gate, Patch
 from .patching import unwrap
-from .seams import SEAM, AttentionSite, find_attention, find_uncovered
+from .seams import SEAM
+from .sites import AttentionSite, find_attention, find_uncovered
 
 
 __all__ = ["Description", "Row", "describe"]

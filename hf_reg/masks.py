@@ -8,8 +8,7 @@ What the mask means depends on the backend that transformers asked for:
 | eager | everything | True = may attend (a sub-model with a backend of its own) | added to the scores | - |
 | flex_attention | everything | - | added to the scores | block-sparse |
 
-Additive masks keep their values (ALiBi, relative positions, Swin windows); only what a gate hides is set to the
-minimum.
+Additive masks keep their values (ALiBi, relative positions, Swin windows); what a gate hides is set to the minimum.
 """
 
 from __future__ import annotations

@@ -3,8 +3,8 @@
 Two ways, both by hooks on the attention module (nothing is replaced, nothing runs in eval mode):
 
 - `mask_argument`: the module takes a mask that may differ by query and returns its heads concatenated (DeBERTa,
-  DeBERTa-v2 / v3,
-  SEW-D). The mask is narrowed on the way in, the heads are scaled on the way out. Compiles in one graph.
+  DeBERTa-v2 / v3, SEW-D). The mask is narrowed on the way in, the heads are scaled on the way out. Compiles in one
+  graph.
 - `operations`: the module writes its attention out (scores, softmax, probabilities) or calls
   `F.scaled_dot_product_attention`. Those calls are intercepted while its forward runs: the scores lose what a gate
   hides, the probabilities are scaled by head. Does not compile.
@@ -23,6 +23,7 @@ from torch.overrides import TorchFunctionMode
 from transformers.modeling_utils import PreTrainedModel
 
 from .masks import TokenView, narrow_scores
+from .sites import class_names, count_heads
 
 
 if TYPE_CHECKING:
@@ -33,8 +34,7 @@ __all__ = ["SeamHook", "connect", "disconnect", "reach"]
 
 MASK_ARGUMENT = ("DisentangledSelfAttention",)
 NAME = re.compile(r"attention|attn", re.IGNORECASE)
-# Auto-correlation, chunked or sliding scores: nothing of the shape (B, H, Tq, Tk) that a mask or a head could be
-# found in.
+# Auto-correlation, chunked or sliding scores: nothing of the shape (B, H, Tq, Tk) to find a mask or a head in.
 OTHER_SHAPES = (
     "AutoformerAttention",
     "Gemma3nAudioAttention",
@@ -42,21 +42,22 @@ OTHER_SHAPES = (
     "HieraMaskUnitAttention",
     "LongformerSelfAttention",
 )
+# What an attention module that computes attention by itself refers to; the last one, without `get_interface`, is a
+# look-up that passes the interface by (Kosmos-2.5).
+ARITHMETIC = ("softmax", "scaled_dot_product_attention", "ALL_ATTENTION_FUNCTIONS")
 SOFTMAX = (F.softmax, torch.softmax, torch.Tensor.softmax)
 _running: list[_Operations] = []
 
 
 def reach(module: nn.Module) -> str | None:
     """How an attention module outside the interface can be reached; None if it cannot, or is none."""
-    from .seams import class_names, count_heads
-
     name = type(module).__name__
     if name in MASK_ARGUMENT:
         return "mask_argument"
     if isinstance(module, (PreTrainedModel, nn.MultiheadAttention)) or name in OTHER_SHAPES or not NAME.search(name):
         return None
     names = class_names(type(module))  # type: ignore[arg-type]
-    if names.isdisjoint(("softmax", "scaled_dot_product_attention")) or count_heads(module) is None:
+    if names.isdisjoint(ARITHMETIC) or count_heads(module) is None:
         return None
     return "operations"
 
@@ -94,8 +95,6 @@ class ScaleOutput(SeamHook):
     """Forward hook: scales the heads of a (B, T, H * D) output."""
 
     def __call__(self, module: nn.Module, args: Any, output: Any) -> Any:
-        from .seams import count_heads
-
         seam: AttentionSeam = module._modules["hf_reg"]  # type: ignore[assignment]
         context = output[0] if isinstance(output, tuple) else output
         heads = count_heads(module)
@@ -149,11 +148,13 @@ class _Operations(TorchFunctionMode):
         dim = kwargs.get("dim", rest[0] if rest else None)
         if self.probabilities is not None or not (four or three) or dim not in (-1, scores.dim() - 1):
             return func(scores, *rest, **kwargs)
-        self.seam.ran = True
         grid = scores if four else scores.unflatten(0, (-1, self.heads))
         for gate in self.seam.enabled():
+            given = grid
             if gate.hides:
-                grid = narrow_scores(gate, grid, None)
+                grid = narrow_scores(gate, given, None)
+            if not gate.hides or grid is not given:
+                self.seam.ran = True
         result = func(grid.view(shape), *rest, **kwargs)
         for gate in self.seam.enabled():
             scales = gate.scales(grid.shape[0], self.heads, grid.device)
@@ -189,8 +190,6 @@ class EnterOperations(SeamHook):
     """Forward pre-hook: start intercepting, if any gate is on."""
 
     def __call__(self, module: nn.Module, args: Any) -> None:
-        from .seams import count_heads
-
         seam: AttentionSeam = module._modules["hf_reg"]  # type: ignore[assignment]
         heads = count_heads(module)
         if heads is not None and seam.enabled():

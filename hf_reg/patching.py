@@ -18,8 +18,9 @@ from torch.nn.parallel import DataParallel, DistributedDataParallel
 
 from .base import Gate, Patch
 from .own_attention import connect, disconnect
-from .seams import SEAM, AttentionSeam, AttentionSite, find_attention, find_uncovered, install
+from .seams import SEAM, AttentionSeam, install
 from .selection import select
+from .sites import AttentionSite, find_attention, find_uncovered
 
 
 __all__ = ["check_ran", "known_patches", "make_patch", "patch_model", "patched", "unpatch_model", "unwrap"]
@@ -47,8 +48,8 @@ def make_patch(patch: str | Patch, **settings: Any) -> Patch:
     """A [`Patch`] from its name and settings.
 
     Raises:
-        `ValueError`: for an unknown name or a setting out of range. `TypeError`: for an unknown setting, or no name
-        at all.
+        `ValueError`: for an unknown name or a setting out of range.
+        `TypeError`: for an unknown setting, or no name at all.
     """
     if isinstance(patch, Patch):
         if settings:
@@ -72,17 +73,16 @@ def unwrap(model: nn.Module) -> nn.Module:
     """The transformers model inside `torch.compile`, DDP, FSDP and PEFT wrappers.
 
     Raises:
-        `TypeError`: if it is no module. `ValueError`: inside `DataParallel`, whose replicas would all draw from one
-        stream.
+        `TypeError`: if it is no module.
+        `ValueError`: inside `DataParallel`, whose replicas would all draw from one stream.
     """
     if not isinstance(model, nn.Module):
         raise TypeError(f"Expected a model (torch.nn.Module), got {type(model).__name__}.")
     while True:
         if isinstance(model, DataParallel):
             raise ValueError(
-                "The model is inside torch.nn.DataParallel, whose threads copy it in every step. Patch "
-                "`model.module` before "
-                "wrapping it, or better use DistributedDataParallel (`torchrun` or `accelerate launch`)."
+                "The model is inside torch.nn.DataParallel, whose threads copy it in every step. Patch `model.module` "
+                "before wrapping it, or better use DistributedDataParallel (`torchrun` or `accelerate launch`)."
             )
         if isinstance(model, (DistributedDataParallel, FullyShardedDataParallel)):
             model = model.module
@@ -110,8 +110,8 @@ def patch_model(model: Model, patch: str | Patch | Sequence[str | Patch], **sett
         The same object.
 
     Raises:
-        `ValueError`: unknown name, setting out of range, nothing to patch, a backend or wrapper that cannot be
-        combined. `TypeError`: unknown setting. In every case the model is as it was.
+        `ValueError`: unknown name, setting out of range, nothing to patch, an unfit backend or wrapper.
+        `TypeError`: unknown setting. In every case the model is as it was.
 
     Example:
 
@@ -137,12 +137,13 @@ def patch_model(model: Model, patch: str | Patch | Sequence[str | Patch], **sett
     uncovered = find_uncovered(inner, sites)
     plan = [(one, _plan(inner, one, sites, uncovered)) for one in patches]  # everything that can fail, fails here
 
+    for one, gates in plan:
+        _warn_partial(one, gates, uncovered)  # before anything changes: a warning may be turned into an error
+
     install()
     _forget_compiled()
     for one, gates in plan:
         _attach(inner, one, gates)
-    for one, gates in plan:
-        _warn_partial(one, gates, sites, uncovered)
     return model
 
 
@@ -153,7 +154,7 @@ def _plan(
     accepted = [site for site in sites if patch.accepts(site)]
     if not accepted:
         if sites:
-            reason = f"its {len(sites)} attention modules are none that {patch.name} acts on (cross-attention only)"
+            reason = f"none of its {len(sites)} attention modules is {patch.acts_on}"
         elif uncovered:
             reason = "its token mixing has code of its own: " + ", ".join(
                 f"{n} x {name}" for name, n in uncovered.items()
@@ -185,8 +186,7 @@ def _attach(model: nn.Module, patch: Patch, gates: list[tuple[AttentionSite, Gat
 
 
 def _detach(model: nn.Module, name: str | None, keep_seams: Collection[nn.Module] = ()) -> None:
-    """Take the gates called `name` (None: all) off, with their hooks, and then the seams that carry nothing any
-    more."""
+    """Take the gates called `name` (None: all) off, with their hooks, and then the seams left empty."""
     modules = list(model.modules())
     removed: list[Any] = []
     for module in modules:
@@ -202,11 +202,11 @@ def _detach(model: nn.Module, name: str | None, keep_seams: Collection[nn.Module
             disconnect(module, removed)
 
 
-def _warn_partial(patch: Patch, gates: list[Any], sites: list[AttentionSite], uncovered: dict[str, int]) -> None:
+def _warn_partial(patch: Patch, gates: list[Any], uncovered: dict[str, int]) -> None:
     if uncovered and patch.submodel == "all":
         names = ", ".join(f"{count} x {name}" for name, count in uncovered.items())
         warnings.warn(
-            f"{patch.name} patched {len(gates)} attention modules, but not those with code of their own: {names}. "
+            f"{patch.name} reaches {len(gates)} attention modules, but not those with code of their own: {names}. "
             "They run unregularized; `print(describe(model))` shows what is covered.",
             UserWarning,
             stacklevel=3,
@@ -214,8 +214,7 @@ def _warn_partial(patch: Patch, gates: list[Any], sites: list[AttentionSite], un
 
 
 def _forget_compiled() -> None:
-    """Code compiled before is not told that a module changed: drop it, so that it is compiled again on the next
-    call."""
+    """Compiled code is not told that a module changed: drop it, so that the next call compiles again."""
     torch.compiler.reset()
 
 
@@ -245,8 +244,7 @@ def unpatch_model(model: Model, patch: str | None = None) -> Model:
 
 @contextmanager
 def patched(model: Model, patch: str | Patch | Sequence[str | Patch], **settings: Any) -> Iterator[Model]:
-    """`patch_model` for the length of a `with` block; the patches that were there before come back, also after an
-    exception."""
+    """`patch_model` for a `with` block; the patches that were there before come back, also after an exception."""
     inner = unwrap(model)
     before = _snapshot(inner)
     patch_model(model, patch, **settings)
@@ -289,11 +287,9 @@ def check_ran(model: nn.Module) -> None:
         return
     if len(silent) == len(waiting):
         raise RuntimeError(
-            f"The model took a training step, but none of its {len(waiting)} patched attention modules ran "
-            f"their patch "
-            f"(first: {silent[0]}). Its attention does not go through transformers' interface with these "
-            f"settings; unpatch it, "
-            "or report the model type."
+            f"The model took a training step, but none of its {len(waiting)} patched attention modules ran their "
+            f"patch (first: {silent[0]}). Its attention does not go through transformers' interface with these "
+            "settings; unpatch it, or report the model type."
         )
     warnings.warn(
         f"{len(silent)} of {len(waiting)} patched attention modules did not run in this step: "

@@ -118,11 +118,9 @@ class exponential(Schedule):
 
 @dataclass(frozen=True)
 class v_shape(_Between):
-    """Scheduled DropHead (arXiv 2004.13342): from `start` down to 0 while the learning rate warms up, then up to
-    `end`.
+    """Scheduled DropHead (arXiv 2004.13342): from `start` down to 0 in the warm-up, then up to `end`.
 
-    `warmup` is the fraction of training spent going down; 0.1 is our choice (set it to the warm-up of the learning
-    rate).
+    `warmup` is the fraction of training spent going down, that of the learning rate's warm-up; 0.1 is our choice.
     """
 
     end: float = 1.0

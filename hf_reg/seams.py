@@ -1,34 +1,28 @@
-"""Where a transformers model can be touched: its attention modules, and the one function that they all call.
+"""The attention seam: the one function that the attention modules of transformers call, and what stands in its way.
 
 transformers sends nearly every attention module through `AttentionInterface.get_interface`. That method is wrapped
-once, at
-the first `patch_model`; what it returns looks for a child named `hf_reg` on the *calling module* and, without one,
-calls straight through. So no forward is copied or replaced, no configuration changes, and other models are left alone.
+once, at the first `patch_model`; what it returns looks for a child named `hf_reg` on the *calling module* and, without
+one, calls straight through. So no forward is copied or replaced, no configuration changes, and other models are left
+alone.
 """
 
 from __future__ import annotations
 
 import functools
-import inspect
-import re
 from collections.abc import Callable, Iterator
-from dataclasses import dataclass, field
-from types import CodeType
 from typing import Any
 
 import torch
 from torch import nn
-from transformers.modeling_utils import AttentionInterface, PreTrainedModel
+from transformers.modeling_utils import AttentionInterface
 
 from . import masks
 from .base import Gate
 
 
-__all__ = ["SEAM", "AttentionSeam", "AttentionSite", "find_attention", "find_uncovered", "gates", "install"]
+__all__ = ["SEAM", "AttentionSeam", "gates", "install"]
 
 SEAM = "hf_reg"  # name of the child module that carries the gates
-CROSS = re.compile(r"cross|encoder_?attn|EncDec|encoder_decoder_attention", re.IGNORECASE)
-OWN = re.compile(r"attention|attn|mamba|deltanet|mixer2?$|rwkv|lightning|recurrent|longconv", re.IGNORECASE)
 
 
 class AttentionSeam(nn.Module):
@@ -38,7 +32,7 @@ class AttentionSeam(nn.Module):
         super().__init__()
         self.kind = kind
         self.prefix = prefix  # the module takes a cache, so keys before the queries are cached ones
-        self.ran = False
+        self.ran = False  # whether any gate has acted yet
 
     def __setstate__(self, state: dict[str, Any]) -> None:
         install()  # a pickled or deep-copied model may wake up in a process that never called patch_model
@@ -63,12 +57,14 @@ class AttentionSeam(nn.Module):
         enabled = self.enabled()
         if not enabled:
             return function(module, query, key, value, attention_mask, **kwargs)
-        self.ran = True
         for gate in enabled:
+            given = attention_mask
             if gate.hides:
                 attention_mask = masks.narrow(
-                    gate, implementation, module, query, key, attention_mask, self.prefix, spared, kwargs
+                    gate, implementation, module, query, key, given, self.prefix, spared, kwargs
                 )
+            if not gate.hides or attention_mask is not given:
+                self.ran = True
             if gate.replaces_dropout and kwargs.get("dropout"):
                 kwargs = {**kwargs, "dropout": 0.0}
         for gate in enabled:
@@ -110,201 +106,6 @@ def install() -> None:
 
     get_interface._hf_reg = True  # type: ignore[attr-defined]
     AttentionInterface.get_interface = get_interface
-
-
-@dataclass(frozen=True)
-class AttentionSite:
-    """One attention module of a model, and what is known about it without running the model."""
-
-    module: nn.Module = field(repr=False)
-    path: str
-    submodel: str  # path of the innermost PreTrainedModel that holds it; "" is the model itself
-    submodel_class: str
-    layer: int  # index within the sub-model's list of layers
-    layers: int  # length of that list
-    cross: bool
-    heads: int | None
-    groups: int | None  # key/value heads, each shared by heads / groups query heads
-    kind: str  # "interface", "mask_argument" or "operations": how it is reached (own_attention.py)
-    prefix: bool  # whether it takes a key/value cache
-
-    @property
-    def implementation(self) -> str | None:
-        """The attention backend that the module's configuration asks for."""
-        return getattr(getattr(self.module, "config", None), "_attn_implementation", None)
-
-
-def _names(code: CodeType) -> Iterator[str]:
-    yield from code.co_names
-    for constant in code.co_consts:
-        if isinstance(constant, CodeType):
-            yield from _names(constant)
-
-
-def _functions(function: Any) -> Iterator[Any]:
-    """`function` and what its decorators hide: `__wrapped__` and closure cells."""
-    while function is not None:
-        if hasattr(function, "__code__"):
-            yield function
-        for cell in getattr(function, "__closure__", None) or ():
-            inner = cell.cell_contents
-            if hasattr(inner, "__code__") and inner is not getattr(function, "__wrapped__", None):
-                yield inner
-        function = getattr(function, "__wrapped__", None)
-
-
-@functools.cache
-def class_names(cls: type[nn.Module]) -> frozenset[str]:
-    """Every global and attribute name used in the methods of `cls` and its bases below `nn.Module`."""
-    found: set[str] = set()
-    for base in cls.__mro__:
-        if base in (nn.Module, object):
-            continue
-        for member in vars(base).values():
-            for function in _functions(getattr(member, "__func__", member)):
-                found.update(_names(function.__code__))
-    return frozenset(found)
-
-
-def uses_interface(module: nn.Module) -> bool:
-    """Whether the class of `module` dispatches its attention through transformers' interface."""
-    return not isinstance(module, PreTrainedModel) and "ALL_ATTENTION_FUNCTIONS" in class_names(type(module))  # type: ignore[arg-type]
-
-
-def takes_argument(module: nn.Module, *names: str) -> bool:
-    return not set(names).isdisjoint(inspect.signature(module.forward).parameters)
-
-
-def count_heads(module: nn.Module) -> int | None:
-    config = getattr(module, "config", None)
-    for owner in (module, config):
-        for name in ("num_heads", "num_attention_heads", "n_heads", "n_head", "encoder_attention_heads"):
-            value = getattr(owner, name, None)
-            if isinstance(value, int):
-                return value
-    return None
-
-
-def count_groups(module: nn.Module) -> int | None:
-    heads = count_heads(module)
-    for owner in (module, getattr(module, "config", None)):
-        groups, repeats = getattr(owner, "num_key_value_heads", None), getattr(owner, "num_key_value_groups", None)
-        if isinstance(groups, int):
-            return groups
-        if heads is not None and isinstance(repeats, int):
-            return heads // repeats
-    return heads
-
-
-def _layer_lists(model: nn.Module) -> dict[str, nn.ModuleList]:
-    return {
-        name: module for name, module in model.named_modules() if isinstance(module, nn.ModuleList) and len(module)
-    }
-
-
-def _layer_key(path: str, lists: dict[str, nn.ModuleList]) -> tuple[str, ...]:
-    """The path of the layer that holds `path`, as the names of the lists' elements from the outermost to the one
-    taken.
-
-    The innermost list of like modules is the list of layers (Swin: the blocks of a stage); a list of unlike modules,
-    such as the sub-layers of a T5 block, counts only when there is no other.
-    """
-    parts = path.split(".")
-    on_path = [
-        ".".join(parts[:i]) for i in range(1, len(parts)) if ".".join(parts[:i]) in lists and parts[i].isdigit()
-    ]
-    alike = [name for name in on_path if len({type(element) for element in lists[name]}) == 1]
-    if alike:
-        on_path = on_path[: on_path.index(alike[-1]) + 1]
-        on_path = [name for name in on_path if name in alike]
-    else:
-        on_path = on_path[:1]
-    return tuple(f"{name}.{parts[len(name.split('.'))]}" for name in on_path)
-
-
-def find_attention(model: nn.Module) -> list[AttentionSite]:
-    """Every attention module of `model` that can be patched, in the order of `named_modules`."""
-    from .own_attention import reach
-
-    lists = _layer_lists(model)
-    pretrained = {
-        name: type(module).__name__ for name, module in model.named_modules() if isinstance(module, PreTrainedModel)
-    }
-    found: list[tuple[str, nn.Module, str]] = []
-    for path, module in model.named_modules():
-        kind = "interface" if uses_interface(module) else reach(module)
-        if kind is not None:
-            found.append((path, module, kind))
-    reached = [path for path, _, _ in found]
-    found = [  # of nested own-code modules only the innermost one computes attention
-        (path, module, kind)
-        for path, module, kind in found
-        if kind == "interface" or not any(other.startswith(f"{path}.") for other in reached)
-    ]
-    numbered: dict[str, dict[tuple[str, ...], int]] = {}
-    single: dict[tuple[str, ...], int] = {}
-    rows = []
-    for path, module, kind in found:
-        submodel = max((name for name in pretrained if not name or path.startswith(f"{name}.")), key=len, default="")
-        key = _layer_key(path, lists) or (path,)
-        order = numbered.setdefault(submodel, {})
-        order.setdefault(key, len(order))
-        if len(key) == 1 and key[0] != path:  # one plain list: the index users see in the model is the layer's number
-            single[key] = int(key[0].rsplit(".", 1)[1])
-        rows.append((path, module, kind, submodel, key))
-    sites = []
-    for path, module, kind, submodel, key in rows:
-        plain = len({k[0].rsplit(".", 1)[0] for k in numbered[submodel]}) == 1 and all(
-            k in single for k in numbered[submodel]
-        )
-        layer = single[key] if plain else numbered[submodel][key]
-        total = len(lists[key[0].rsplit(".", 1)[0]]) if plain else len(numbered[submodel])
-        cross = bool(getattr(module, "is_cross_attention", False)) or bool(
-            CROSS.search(type(module).__name__)
-            or CROSS.search(path.removeprefix(f"{submodel}.") if submodel else path)
-        )
-        name = pretrained.get(submodel, type(model).__name__)
-        sites.append(
-            AttentionSite(
-                module,
-                path,
-                submodel,
-                name,
-                layer,
-                total,
-                cross,
-                count_heads(module),
-                count_groups(module),
-                kind,
-                takes_argument(module, "past_key_values", "past_key_value", "layer_past"),
-            )
-        )
-    return sites
-
-
-def _mixes_tokens(module: nn.Module) -> bool:
-    name = type(module).__name__
-    return bool(OWN.search(name)) and not re.search(r"Norm|Embed|Rotary|Output$", name)
-
-
-def find_uncovered(model: nn.Module, sites: list[AttentionSite]) -> dict[str, int]:
-    """Modules that mix tokens but are out of reach (linear attention, state spaces, own kernels): class name ->
-    count."""
-    reached = {site.path for site in sites}
-    uncovered: dict[str, int] = {}
-    taken: list[str] = []
-    for path, module in model.named_modules():
-        if not _mixes_tokens(module) or next(module.parameters(), None) is None:
-            continue
-        if any(path == r or r.startswith(f"{path}.") or path.startswith(f"{r}.") for r in reached):
-            continue
-        if isinstance(module, PreTrainedModel) or any(path.startswith(f"{t}.") for t in taken):
-            continue
-        if any(_mixes_tokens(child) and next(child.parameters(), None) is not None for child in module.children()):
-            continue
-        taken.append(path)
-        uncovered[type(module).__name__] = uncovered.get(type(module).__name__, 0) + 1
-    return uncovered
 
 
 def gates(model: nn.Module) -> Iterator[Gate]:

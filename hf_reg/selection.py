@@ -8,7 +8,7 @@ from collections.abc import Sequence
 from torch import nn
 
 from .base import Patch
-from .seams import AttentionSite
+from .sites import AttentionSite
 
 
 __all__ = ["select"]

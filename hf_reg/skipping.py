@@ -1,11 +1,10 @@
 """Not computing dropped heads: attention of the kept heads only, and slices of the projections around it.
 
 Under grouped-query attention the unit is a key/value group with all its query heads. The projections are sliced by
-letting
-the *instance dictionary* of a Linear shadow its weight while its forward runs: the parameters, the state dict and the
-forward
-stay what they are, and the gradient of a slice is a full gradient with zeros. Whether a model's forward bears that is
-not guessed: on the first training step each module computes its output both ways, and slices only if the two agree.
+letting the *instance dictionary* of a Linear shadow its weight while its forward runs: the parameters, the state dict
+and the forward stay what they are, and the gradient of a slice is a full gradient with zeros. Whether a model's
+forward bears that is not guessed: on the first training step each module computes its output both ways, and slices
+only if the two agree.
 """
 
 from __future__ import annotations

@@ -10,7 +10,7 @@ import torch
 from torch import nn
 
 from hf_reg.base import Patch, RateGate, check_choice, check_range
-from hf_reg.seams import AttentionSite
+from hf_reg.sites import AttentionSite
 from hf_reg.skipping import attend_kept, connect_projections
 
 
@@ -63,29 +63,29 @@ class DropHead(Patch):
     """DropHead: drops whole attention heads at random, in self- and cross-attention.
 
     From *Scheduled DropHead: A Regularization Method for Transformer Models* (Findings of EMNLP 2020, arXiv
-    2004.13342). In
-    training, each head of each layer is dropped with probability `p` and the others are scaled up; at least one head
-    stays. It acts on the output of the heads, so it works with every attention backend. Evaluation is untouched.
+    2004.13342). In training, each head of each layer is dropped with probability `p` and the others are scaled up; at
+    least one head stays. It acts on the output of the heads, so it works with every attention backend. Evaluation is
+    untouched.
 
     Args:
-        p (`float`, *optional*, defaults to 0.2): probability to drop a head, in [0, 1). Our choice within the range
-        usually tried
-            (0.1 to 0.3); the published values per task could not be verified.
-        granularity (`str`, *optional*, defaults to `"example"`): one draw an `"example"`, or one for the whole
-        `"batch"`. rescale (`str`, *optional*, defaults to `"kept"`): `"kept"` or `"expectation"`, see [`drop_heads`].
-        skip (`bool`, *optional*, defaults to `False`): do not compute the dropped heads (needs
-        `granularity="batch"`): attention
-            of the kept heads only and, where the projections are plain linear layers, only their slices; faster than
-            the unpatched model. Under grouped-query attention a key/value group is dropped as a whole. Every parameter
-            keeps a
-            gradient. Inside `torch.compile` and with a key/value cache, the heads are multiplied by zero or sliced
-            after the projections instead, with the same result.
+        p (`float`, *optional*, defaults to 0.2):
+            Probability to drop a head, in [0, 1). Our choice within the range usually tried (0.1 to 0.3); the
+            published values per task could not be verified.
+        granularity (`str`, *optional*, defaults to `"example"`): one draw an `"example"`, or one a `"batch"`.
+        rescale (`str`, *optional*, defaults to `"kept"`): `"kept"` or `"expectation"`, see [`drop_heads`].
+        skip (`bool`, *optional*, defaults to `False`):
+            Do not compute the dropped heads (needs `granularity="batch"`): attention of the kept heads only and, where
+            the projections are plain linear layers, only their slices; faster than the unpatched model. Under
+            grouped-query attention a key/value group is dropped as a whole. Every parameter keeps a gradient. Inside
+            `torch.compile` and with a key/value cache, the heads are multiplied by zero or sliced after the
+            projections instead, with the same result.
         attention (`str`, *optional*, defaults to `"all"`): `"self"`, `"cross"` or `"all"`.
         layers, submodel: see [`Patch`].
         schedule: see [`Patch`]; `"v_shape"` is the schedule of the paper.
     """
 
     name: ClassVar[str] = "drophead"
+    acts_on: ClassVar[str] = "attention of the chosen kind with several heads"
     rate_field: ClassVar[str] = "p"
     GRANULARITY: ClassVar[tuple[str, ...]] = ("example", "batch")
     RESCALE: ClassVar[tuple[str, ...]] = ("kept", "expectation")
@@ -107,6 +107,8 @@ class DropHead(Patch):
         super().__post_init__()
 
     def accepts(self, site: AttentionSite) -> bool:
+        if site.heads == 1:  # at least one head stays
+            return False
         return self.attention == "all" or site.cross == (self.attention == "cross")
 
     def check(self, model: nn.Module, site: AttentionSite) -> None:

@@ -10,7 +10,7 @@ import torch
 from torch import nn
 
 from hf_reg.base import Gate, Patch, check_choice
-from hf_reg.seams import AttentionSite
+from hf_reg.sites import AttentionSite
 
 
 __all__ = ["HeadMask"]
@@ -24,9 +24,9 @@ class HeadMask(Patch):
     removing the head from the projections would do (*Are Sixteen Heads Really Better than One?*, arXiv 1905.10650).
 
     Args:
-        heads (mapping of `int` to sequence of `int`): heads to switch off by layer, `{layer: [head, ...]}`; negative
-        ones count
-            from the end. In a model with several sub-models name one with `submodel=`.
+        heads (mapping of `int` to sequence of `int`):
+            Heads to switch off by layer, `{layer: [head, ...]}`; negative ones count from the end. In a model with
+            several sub-models name one with `submodel=`.
         attention (`str`, *optional*, defaults to `"self"`): `"self"`, `"cross"` or `"all"`.
         submodel: see [`Patch`]. `layers` is given by `heads`.
     """

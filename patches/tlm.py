@@ -11,7 +11,7 @@ from torch import nn
 
 from hf_reg.base import Patch, RateGate, check_choice, check_range
 from hf_reg.masks import BlockView, TokenView, refuse_backend
-from hf_reg.seams import AttentionSite
+from hf_reg.sites import AttentionSite
 from hf_reg.sparing import spare_tokens, takes_ids
 from hf_reg.token_masks import HIDE, hide_tokens, hide_tokens_by_rows, token_mask_mod
 
@@ -25,17 +25,17 @@ def token_level_mask(
     """Combine an attention mask with token-level masking (arXiv 2310.18738, section 3).
 
     A selected token attends to itself only (siblings-masking) or to everything but itself (self-masking); a row that
-    is not
-    selected loses the columns named by `hide`. The result is never more than `allowed`, and a row that would lose its
-    last key keeps the keys it had. Only tokens that may attend to themselves can be selected, so padding never is.
+    is not selected loses the columns named by `hide`. The result is never more than `allowed`, and a row that would
+    lose its last key keeps the keys it had.
 
     Args:
         allowed (`torch.BoolTensor` of shape `(B, 1 | H, Tq, Tk)` or `(B, Tq, Tk)`):
             What the model's own mask permits, True = may attend. The queries are the last `Tq` of the `Tk` keys.
-        selected (`torch.BoolTensor` of shape `(B, Tk)`): the tokens that are masked. Cached or prefix keys are never
-        selected.
-        self_masked (`torch.BoolTensor` of shape `(B, Tk)`): those of them that are self-masked; the others are
-        siblings-masked. hide (`str`, *optional*, defaults to `"selected"`):
+        selected (`torch.BoolTensor` of shape `(B, Tk)`):
+            The tokens that are masked: real ones, and no cached or prefix keys.
+        self_masked (`torch.BoolTensor` of shape `(B, Tk)`):
+            Those of them that are self-masked; the others are siblings-masked.
+        hide (`str`, *optional*, defaults to `"selected"`):
             Columns that ordinary rows lose: `"selected"` (the authors' code), `"siblings"` (only siblings-masked
             tokens) or `"none"`.
 
@@ -55,28 +55,26 @@ class TLM(Patch):
     self-attention.
 
     From *Token-Level Masking for Transformers* (EMNLP 2023, arXiv 2310.18738). In training, every layer selects each
-    token with
-    probability `rate`; a selected token is either *siblings-masked* (it attends to itself only) or *self-masked* (it
-    attends
-    to everything but itself). Evaluation is untouched. It *replaces* attention dropout, as in the authors' scripts,
-    and is therefore faster than the default on backends that are slow with dropout.
+    token with probability `rate`; a selected token is either *siblings-masked* (it attends to itself only) or
+    *self-masked* (it attends to everything but itself). Evaluation is untouched. It *replaces* attention dropout, as
+    in the authors' scripts, and is therefore faster than the default on backends that are slow with dropout.
 
     Args:
         rate (`float`, *optional*, defaults to 0.1):
             Probability that a token is selected in a layer, in [0, 1). 0.1 is the default of the authors' code; their
             RTE script uses 0.05. Their `masking_rate` is `1 - rate`.
-        mode (`str`, *optional*, defaults to `"both"`): `"siblings"`, `"self"`, or `"both"` by a fair coin (the
-        authors').
-        coin (`str`, *optional*, defaults to `"token"`): who shares a coin: every `"token"` its own (the authors'
-        code), one an
-            `"example"`, one a `"batch"`.
-        hide (`str`, *optional*, defaults to `"selected"`): which selected tokens ordinary rows cannot see: all
-        `"selected"` ones
-            (the authors' code), only the `"siblings"`-masked ones (the wording of the paper), or `"none"`.
-        spare_token_ids (sequence of `int`, *optional*, defaults to `()`): ids that are never selected, such as
-            `tokenizer.all_special_ids`. The authors select special tokens too.
-        replace_dropout (`bool`, *optional*, defaults to `True`): whether attention-probability dropout is off while
-        TLM is on. layers, submodel, schedule: see [`Patch`].
+        mode (`str`, *optional*, defaults to `"both"`):
+            `"siblings"`, `"self"`, or `"both"` by a fair coin (the authors').
+        coin (`str`, *optional*, defaults to `"token"`):
+            Who shares a coin: every `"token"` its own (the authors' code), one an `"example"`, or one a `"batch"`.
+        hide (`str`, *optional*, defaults to `"selected"`):
+            Which selected tokens ordinary rows cannot see: all `"selected"` ones (the authors' code), only the
+            `"siblings"`-masked ones (the wording of the paper), or `"none"`.
+        spare_token_ids (sequence of `int`, *optional*, defaults to `()`):
+            Ids that are never selected, such as `tokenizer.all_special_ids`. The authors select special tokens too.
+        replace_dropout (`bool`, *optional*, defaults to `True`):
+            Whether attention-probability dropout is off while TLM is on.
+        layers, submodel, schedule: see [`Patch`].
 
     Where we deviate from the authors' code, and why:
 
@@ -89,6 +87,7 @@ class TLM(Patch):
     """
 
     name: ClassVar[str] = "tlm"
+    acts_on: ClassVar[str] = "self-attention"
     rate_field: ClassVar[str] = "rate"
     MODES: ClassVar[tuple[str, ...]] = ("siblings", "self", "both")
     COINS: ClassVar[tuple[str, ...]] = ("token", "example", "batch")

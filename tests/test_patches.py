@@ -5,7 +5,8 @@ from __future__ import annotations
 import pytest
 import torch
 
-from hf_reg.seams import find_attention, gates
+from hf_reg.seams import gates
+from hf_reg.sites import find_attention
 
 from .properties import PATCHES, PROPERTIES, Case, build, check
 

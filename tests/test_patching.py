@@ -9,11 +9,13 @@ from typing import Any
 import pytest
 import torch
 from torch import nn
+from transformers import AutoConfig, AutoModel
 
 from hf_reg import describe, patch_model, patched, unpatch_model
 from hf_reg.patches import TLM, DropHead, HeadMask
 from hf_reg.patching import check_ran
-from hf_reg.seams import SEAM, find_attention, gates
+from hf_reg.seams import SEAM, gates
+from hf_reg.sites import find_attention
 
 from .architectures import build, forward
 from .properties import lively, same, without_dropout
@@ -137,6 +139,18 @@ def test_partial_models_are_warned_about_by_name() -> None:
     with warnings.catch_warnings():
         warnings.simplefilter("error")
         patch_model(build("llama").model, "drophead")
+        with pytest.raises(UserWarning):  # turned into an error, it is one: the model is as it was
+            patch_model(model, "tlm")
+    assert {gate.patch.name for gate in gates(model)} == {"drophead"}
+
+
+def test_attention_that_a_method_cannot_act_on_is_refused() -> None:
+    single = AutoModel.from_config(AutoConfig.for_model("gpt2", n_layer=2, n_head=1, n_embd=8, vocab_size=64))
+    with pytest.raises(ValueError, match="none of its 2 attention modules is attention of the chosen kind"):
+        patch_model(single, "drophead")
+    with pytest.raises(ValueError, match="none of its 1 attention modules is self-attention"):
+        patch_model(build("sam3_mask_decoder").model, "tlm")
+    assert not list(gates(single))
 
 
 def test_patched_restores_also_after_an_exception(bert: nn.Module) -> None:
@@ -302,6 +316,11 @@ def test_check_ran(bert: nn.Module) -> None:
         check_ran(bert)
     forward(bert, build("bert").inputs)
     check_ran(bert)
+    pooled = build("cvt")  # its keys are pooled: TLM has nothing to hide, and must not pretend
+    patch_model(pooled.model.train(), "tlm")
+    forward(pooled.model, pooled.inputs)
+    with pytest.raises(RuntimeError, match="none of its"):
+        check_ran(pooled.model)
 
 
 def test_trainer_drives_schedules_and_checks_the_first_step(tmp_path) -> None:

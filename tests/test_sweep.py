@@ -12,7 +12,7 @@ from typing import Any
 import pytest
 
 from hf_reg import unpatch_model
-from hf_reg.seams import find_attention
+from hf_reg.sites import find_attention
 
 from .architectures import MODEL_TYPES, NotBuilt, build
 from .conftest import sweep_folder

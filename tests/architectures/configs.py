@@ -214,6 +214,11 @@ OVERRIDES: dict[str, dict[str, Any]] = {
     "t5gemma2_decoder": {"dropout_rate": 0.0},
     "pix2struct_text_model": {"initializer_range": 0.02},
     "moonshine_streaming": {"num_key_value_heads": 4},
+    "decision_transformer": {"n_head": 4},
+    # their value projection has a head for every query head: only equal numbers work
+    "nemotron3_diarization_audio": {"num_key_value_heads": 4},
+    "nemotron3_5_transcribe_asr_audio": {"num_key_value_heads": 4},
+    "nemotron3_5_transcribe_word_timestamp": {"num_key_value_heads": 4},
     "dbrx": {
         "attn_config": {"kv_n_heads": 2, "rope_theta": 10000.0, "clip_qkv": 8.0},
         "ffn_config": {"ffn_hidden_size": 64, "moe_num_experts": 4, "moe_top_k": 2},

@@ -391,6 +391,7 @@ def mask_decoder(ctx: Context) -> dict[str, Any]:
         "decoder_queries": torch.randn(BATCH, 8, width),
         "encoder_hidden_states": torch.randn(BATCH, 16, width),
         "backbone_features": [torch.randn(BATCH, width, side, side) for side in (16, 8, 4)],
+        "prompt_features": torch.randn(BATCH, 6, width),
     }
 
 
