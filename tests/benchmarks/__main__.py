@@ -24,7 +24,7 @@ def cells(row: Row) -> tuple[str, ...]:
     digits = 0 if row.at_least else 3
     target = "" if row.target is None else f"{'>=' if row.at_least else '<='} {row.target:g}"
     met = {None: "", True: "yes", False: "NO"}[row.met]
-    quartiles = f"{row.spread[0]:.{digits}f} to {row.spread[1]:.{digits}f}"
+    quartiles = f"{row.spread[0]:.{digits}f} to {row.spread[1]:.{digits}f}" if row.spread else ""
     return row.section, row.case, row.ours, row.peer, f"{row.ratio:.{digits}f}", quartiles, target, met
 
 
@@ -37,6 +37,7 @@ def markdown(rows: list[Row], rounds: int) -> str:
         f"rounds, every",
         "variant once a round in random order. A ratio is the median over the rounds of ours / peer (for the "
         "mask: peer / ours).",
+        "Peak memory is what a step allocates above the model, gradients included; it is the same in every run.",
         "",
         "| " + " | ".join(COLUMNS) + " |",
         "|" + "---|" * len(COLUMNS),

@@ -5,7 +5,7 @@ from __future__ import annotations
 from hf_reg import patch_model
 
 from .steps import minilm, step
-from .timing import Row, interleave, ratio
+from .timing import Row, interleave, memory_rows, ratio
 
 
 TARGETS = {"multiply": 1.01, "skip, p -> 0": 1.02}
@@ -22,15 +22,12 @@ def run(rounds: int) -> list[Row]:
         }
         for p in SKIP[length]:
             variants[f"skip, p = {p}"] = patch_model(minilm(), "drophead", p=p, skip=True, granularity="batch")
-        times = interleave(
-            {name: step(model, batch, length) for name, model in variants.items()},
-            rounds,
-            f"DropHead step {batch} x {length}",
-        )
+        steps = {name: step(model, batch, length) for name, model in variants.items()}
+        times = interleave(steps, rounds, f"DropHead step {batch} x {length}")
         targets = TARGETS | {f"skip, p = {p}": target for p, target in SKIP[length].items()}
+        case = f"MiniLM step, {batch} x {length}"
         for ours, target in targets.items():
             middle, spread = ratio(times, ours, "unpatched")
-            rows.append(
-                Row("DropHead", f"MiniLM step, {batch} x {length}", ours, "unpatched", middle, target, spread=spread)
-            )
+            rows.append(Row("DropHead", case, ours, "unpatched", middle, target, spread=spread))
+        rows += memory_rows("DropHead", case, steps, tuple(targets))
     return rows

@@ -20,6 +20,7 @@ def minilm(attention_dropout: float = 0.0, implementation: str = "sdpa") -> torc
     folder = Path(spec.submodule_search_locations[0]) / "model"
     torch.manual_seed(0)
     transformers.logging.set_verbosity_error()
+    transformers.utils.logging.disable_progress_bar()
     model = AutoModelForSequenceClassification.from_pretrained(
         folder,
         num_labels=5,

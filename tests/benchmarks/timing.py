@@ -1,14 +1,18 @@
-"""Interleaved timing: every round runs every variant once, and only ratios within a round are compared."""
+"""Interleaved timing (every round runs every variant once, and only ratios within a round are compared), and peak
+memory as torch's own allocator records it: a count of bytes, the same in every run."""
 
 from __future__ import annotations
 
+import json
 import random
 import statistics
+import tempfile
 import time
 from collections.abc import Callable
 from dataclasses import dataclass
 
 from rich.progress import track
+from torch.profiler import ProfilerActivity, profile
 
 
 @dataclass(frozen=True)
@@ -22,7 +26,7 @@ class Row:
     ratio: float
     target: float | None
     at_least: bool = False
-    spread: tuple[float, float] = (0.0, 0.0)
+    spread: tuple[float, float] | None = None  # None: measured without noise
 
     @property
     def met(self) -> bool | None:
@@ -54,3 +58,29 @@ def ratio(times: dict[str, list[float]], ours: str, peer: str) -> tuple[float, t
     ratios = [a / b for a, b in zip(times[ours], times[peer], strict=True)]
     quarters = statistics.quantiles(ratios, n=4)
     return statistics.median(ratios), (quarters[0], quarters[2])
+
+
+def peak_memory(run: Callable[[], object]) -> int:
+    """Bytes that `run` needs at once, above what was there before; called once before to make what it keeps."""
+    run()
+    with profile(activities=[ProfilerActivity.CPU], profile_memory=True) as recorded:
+        run()
+    with tempfile.NamedTemporaryFile(suffix=".json") as file:
+        recorded.export_chrome_trace(file.name)
+        events = json.load(open(file.name))["traceEvents"]
+    levels = [event["args"] for event in events if event.get("name") == "[memory]"]
+    first = levels[0]["Total Allocated"] - levels[0]["Bytes"]
+    return max(level["Total Allocated"] for level in levels) - first
+
+
+def memory_rows(
+    section: str, case: str, variants: dict[str, Callable[[], object]], ours: tuple[str, ...]
+) -> list[Row]:
+    """A row for each of `ours` against every other variant: peak memory of one step above the model."""
+    peaks = {name: peak_memory(run) for name, run in variants.items()}
+    peers = [name for name in variants if name not in ours]
+    return [
+        Row(section, f"{case}, peak memory", name, peer, peaks[name] / peaks[peer], None)
+        for name in ours
+        for peer in peers
+    ]

@@ -11,7 +11,7 @@ from hf_reg.masks import TokenView
 from hf_reg.patches.tlm import TLM, TLMGate
 
 from .steps import minilm, step
-from .timing import Row, interleave, ratio
+from .timing import Row, interleave, memory_rows, ratio
 
 
 REPEATS = 20
@@ -68,15 +68,12 @@ def run(rounds: int) -> list[Row]:
         }
         if length == 128:
             variants["HF default, eager"] = minilm(attention_dropout=0.1, implementation="eager")
-        times = interleave(
-            {name: step(model, batch, length) for name, model in variants.items()},
-            rounds,
-            f"TLM step {batch} x {length}",
-        )
+        steps = {name: step(model, batch, length) for name, model in variants.items()}
+        times = interleave(steps, rounds, f"TLM step {batch} x {length}")
         case = f"MiniLM step, {batch} x {length}"
         limits = {"no dropout": 1.02, "HF default": 0.6 if length == 512 else 1.0, "HF default, eager": 1.0}
         for peer in [name for name in variants if name != "TLM"]:
-            target = limits[peer]
             middle, spread = ratio(times, "TLM", peer)
-            rows.append(Row("TLM", case, "TLM", peer, middle, target, spread=spread))
+            rows.append(Row("TLM", case, "TLM", peer, middle, limits[peer], spread=spread))
+        rows += memory_rows("TLM", case, steps, ("TLM",))
     return rows
