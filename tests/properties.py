@@ -37,7 +37,7 @@ def without_dropout(model: nn.Module) -> nn.Module:
         if isinstance(module, Gate):
             continue
         for owner in (module, getattr(module, "config", None)):
-            for name, value in list(vars(owner).items()) if owner is not None else ():
+            for name, value in list(vars(owner).items()) if hasattr(owner, "__dict__") else ():
                 if isinstance(value, float) and ("drop" in name or (name == "p" and isinstance(owner, nn.Dropout))):
                     setattr(owner, name, 0.0)
     return model
