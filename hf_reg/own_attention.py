@@ -44,7 +44,13 @@ OTHER_SHAPES = (
 )
 # What an attention module that computes attention by itself refers to; the last one, without `get_interface`, is a
 # look-up that passes the interface by (Kosmos-2.5).
-ARITHMETIC = ("softmax", "scaled_dot_product_attention", "ALL_ATTENTION_FUNCTIONS")
+ARITHMETIC = (
+    "softmax",
+    "Softmax",
+    "scaled_dot_product_attention",
+    "multi_head_attention_forward",
+    "ALL_ATTENTION_FUNCTIONS",
+)
 SOFTMAX = (F.softmax, torch.softmax, torch.Tensor.softmax)
 _running: list[_Operations] = []
 
