@@ -7,11 +7,24 @@ from typing import TYPE_CHECKING, Any
 if TYPE_CHECKING:
     from .describe import describe
     from .patching import patch_model, patched, unpatch_model
+    from .trainer import RegularizedTrainer, RegularizerMixin
+    from .training_arguments import RegularizedTrainingArguments
 
 __version__ = "0.1.0"
-__all__ = ["describe", "patch_model", "patched", "unpatch_model"]
 
-_HOME = {"describe": "describe", "patch_model": "patching", "patched": "patching", "unpatch_model": "patching"}
+_HOME = {
+    "describe": "describe",
+    "patch_model": "patching",
+    "patched": "patching",
+    "unpatch_model": "patching",
+    "RegularizedTrainer": "trainer",
+    "RegularizerMixin": "trainer",
+    "RegularizedTrainingArguments": "training_arguments",
+}
+__all__ = [
+    "RegularizedTrainer", "RegularizedTrainingArguments", "RegularizerMixin", "describe", "patch_model", "patched",
+    "unpatch_model",
+]  # fmt: skip
 
 
 def __getattr__(name: str) -> Any:

@@ -1,8 +1,9 @@
-"""What every regularizer is made of: a `Patch` (frozen settings) and a `Gate` (its live part inside one module)."""
+"""What every regularizer is made of: a `Patch` (frozen settings) and a `Gate` (its live part inside one module), or a
+`Penalty` (one more term of the loss)."""
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field, fields
 from typing import TYPE_CHECKING, Any, ClassVar
 
@@ -17,7 +18,7 @@ if TYPE_CHECKING:
     from .sites import AttentionSite
 
 
-__all__ = ["Gate", "Patch", "RateGate", "check_choice", "check_range"]
+__all__ = ["Gate", "Patch", "Penalty", "RateGate", "check_choice", "check_range"]
 
 
 def check_choice(owner: str, name: str, value: object, choices: Sequence[object]) -> None:
@@ -210,3 +211,58 @@ class RateGate(nn.Dropout, Gate):
     def forward(self, input: torch.Tensor) -> torch.Tensor:
         """Never called by the seam; the identity, so that a stray call does no harm."""
         return input
+
+
+@dataclass(eq=False)
+class Penalty:
+    """One more term of the loss: `weight * schedule * __call__(model, inputs, outputs)`. Subclass it to add a method.
+
+    Args:
+        weight (`float`): what the term is multiplied with.
+        schedule (`str` or [`~hf_reg.schedules.Schedule`], *optional*):
+            Factor on the weight over training. `None` keeps it constant.
+        scope (`str` or sequence of `str`, *optional*, defaults to `"trainable"`):
+            For penalties on parameters, which ones: `"trainable"`, `"all"`, `"adapters"` (those of PEFT), or glob
+            patterns of parameter names such as `"*.query.weight"`. Parameters without gradient never count.
+        name (`str`, *optional*): its name in the logs, if the method's own is taken.
+    """
+
+    NAME: ClassVar[str] = ""
+    NEEDS: ClassVar[frozenset[str]] = frozenset()  # of NEEDED: what `outputs` has to hold beside the loss
+    ON_PARAMETERS: ClassVar[bool] = False  # looks at parameters only: the same for every micro-batch of a step
+    NEEDED: ClassVar[tuple[str, ...]] = ("logits", "hidden_states", "attentions", "teacher", "second_pass")
+
+    weight: float = field(default=1.0, kw_only=True)
+    schedule: Schedule | str | None = field(default=None, kw_only=True)
+    scope: str | Sequence[str] = field(default="trainable", kw_only=True)
+    name: str = field(default="", kw_only=True)
+
+    def __post_init__(self) -> None:
+        self.name = self.name or self.NAME or type(self).__name__.lower()
+        check_range(self.name, "weight", self.weight, 0, float("inf"))
+        if self.schedule is not None:
+            self.schedule = make_schedule(self.schedule)
+        unknown = self.NEEDS - set(self.NEEDED)
+        if unknown:
+            raise TypeError(f"{self.name}: NEEDS {sorted(unknown)} is not known; use {', '.join(self.NEEDED)}.")
+
+    def prepare(self, model: nn.Module) -> None:
+        """Called once, with the unwrapped model as it is before the first step: the place to remember an anchor."""
+
+    def strength(self, step: int, total: int, losses: Sequence[float] = ()) -> float:
+        """The weight in force at `step` of `total`."""
+        return self.weight * (self.schedule(step, total, losses) if self.schedule is not None else 1.0)  # type: ignore
+
+    def __call__(self, model: nn.Module, inputs: Mapping[str, Any], outputs: Any) -> torch.Tensor:
+        """The unweighted term.
+
+        Args:
+            model (`nn.Module`): the unwrapped model.
+            inputs (mapping of `str` to `torch.Tensor`): the micro-batch, labels included.
+            outputs ([`~transformers.utils.ModelOutput`]): of the model in this very step, with what `NEEDS` names;
+                `outputs.teacher` and `outputs.second_pass` are outputs of further forwards.
+
+        Returns:
+            `torch.Tensor` of shape `()`: a mean over examples or a value of the parameters, not a sum over the batch.
+        """
+        raise NotImplementedError(f"{type(self).__name__} must define `__call__(model, inputs, outputs)`.")

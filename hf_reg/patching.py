@@ -23,7 +23,7 @@ from .selection import select
 from .sites import AttentionSite, find_attention, find_uncovered
 
 
-__all__ = ["check_ran", "known_patches", "make_patch", "patch_model", "patched", "unpatch_model", "unwrap"]
+__all__ = ["check_ran", "known_patches", "make_patch", "nearest", "patch_model", "patched", "unpatch_model", "unwrap"]
 
 Model = TypeVar("Model", bound=nn.Module)
 
@@ -39,7 +39,7 @@ def known_patches() -> dict[str, type[Patch]]:
     return known
 
 
-def _nearest(name: str, known: Sequence[str]) -> str:
+def nearest(name: str, known: Sequence[str]) -> str:
     match = difflib.get_close_matches(str(name), known, 1)
     return f" Did you mean {match[0]!r}?" if match else ""
 
@@ -61,11 +61,11 @@ def make_patch(patch: str | Patch, **settings: Any) -> Patch:
         raise TypeError(f"A patch is a name or a Patch object, got {type(patch).__name__}: {patch!r}.")
     known = known_patches()
     if patch not in known:
-        raise ValueError(f"Unknown patch {patch!r}.{_nearest(patch, list(known))} Known: {', '.join(known)}.")
+        raise ValueError(f"Unknown patch {patch!r}.{nearest(patch, list(known))} Known: {', '.join(known)}.")
     names = [f.name for f in fields(known[patch])]
     for name in settings:
         if name not in names:
-            raise TypeError(f"{patch} has no setting {name!r}.{_nearest(name, names)} Settings: {', '.join(names)}.")
+            raise TypeError(f"{patch} has no setting {name!r}.{nearest(name, names)} Settings: {', '.join(names)}.")
     return known[patch](**settings)
 
 

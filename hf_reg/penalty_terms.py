@@ -1,0 +1,108 @@
+"""The penalties of a run: what they need of the model is asked for once, and each is computed by name."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from typing import Any
+
+import torch
+from torch import nn
+
+from .base import Penalty
+from .teacher import Teacher
+
+
+__all__ = ["PenaltyTerms", "adapter_losses"]
+
+OUTPUTS = frozenset({"logits", "hidden_states", "attentions"})
+
+
+class PenaltyTerms:
+    """Computes the penalties of a step.
+
+    Args:
+        penalties (sequence of [`Penalty`]): in the order in which they are computed.
+        model (`nn.Module`): the unwrapped model as it is before the first step; each penalty may remember it.
+        teacher (`nn.Module`, *optional*): a teacher of its own for those that need one.
+    """
+
+    def __init__(self, penalties: Sequence[Penalty], model: nn.Module, teacher: nn.Module | None = None) -> None:
+        self.penalties = list(penalties)
+        self.needs = frozenset[str]().union(*(penalty.NEEDS for penalty in self.penalties))
+        self.teacher = Teacher(model, teacher) if "teacher" in self.needs else None
+        for penalty in self.penalties:
+            penalty.prepare(model)
+
+    def request(self, inputs: Mapping[str, Any]) -> dict[str, bool]:
+        """Arguments for the model, so that its outputs hold what the penalties need."""
+        wanted = (f"output_{name}" for name in ("hidden_states", "attentions") if name in self.needs)
+        return {name: True for name in wanted if name not in inputs}
+
+    def __call__(
+        self,
+        model: nn.Module,
+        inputs: Mapping[str, Any],
+        outputs: Any,
+        progress: tuple[int, int, Sequence[float]],
+        *,
+        parameters: bool = True,
+        batch: bool = True,
+    ) -> dict[Penalty, torch.Tensor]:
+        """Each penalty times its strength; those of strength 0 are not computed.
+
+        Args:
+            progress (tuple): step, total steps and validation losses so far, for the schedules.
+            parameters, batch (`bool`, *optional*): whether to compute those on parameters, and those on the batch.
+        """
+        due = []
+        for penalty in self.penalties:
+            strength = penalty.strength(*progress) if (parameters if penalty.ON_PARAMETERS else batch) else 0.0
+            if strength:
+                due.append((penalty, strength))
+        needs = frozenset[str]().union(*(penalty.NEEDS for penalty, _ in due))
+        self._complete(model, inputs, outputs, needs)
+        return {penalty: strength * self._value(penalty, model, inputs, outputs) for penalty, strength in due}
+
+    def _complete(self, model: nn.Module, inputs: Mapping[str, Any], outputs: Any, needs: frozenset[str]) -> None:
+        for name in sorted(needs & OUTPUTS):
+            if getattr(outputs, name, None) is None:
+                raise ValueError(
+                    f"A penalty needs {name}, which {type(model).__name__} did not return. Attention probabilities "
+                    "need attn_implementation='eager'; logits need a model with a head and an unfused loss."
+                )
+        if "teacher" in needs:
+            assert self.teacher is not None
+            object.__setattr__(outputs, "teacher", self.teacher(inputs))
+        if "second_pass" in needs:
+            second = model(**inputs) if model.training else outputs  # without masks both passes are one
+            object.__setattr__(outputs, "second_pass", second)
+
+    @staticmethod
+    def _value(penalty: Penalty, model: nn.Module, inputs: Mapping[str, Any], outputs: Any) -> torch.Tensor:
+        value = penalty(model, inputs, outputs)
+        if not isinstance(value, torch.Tensor) or value.numel() != 1:
+            found = f"shape {tuple(value.shape)}" if isinstance(value, torch.Tensor) else type(value).__name__
+            raise ValueError(f"Penalty {penalty.name!r} returned {found}; expected a tensor with one element.")
+        return value.reshape(())
+
+
+class AdapterLoss(Penalty):
+    """A loss that a PEFT method defines and leaves to the user to add, such as KaSA's (arXiv 2412.06071)."""
+
+    ON_PARAMETERS = True
+
+    def __init__(self, name: str) -> None:
+        super().__init__(name=name)
+
+    def __call__(self, model: nn.Module, inputs: Mapping[str, Any], outputs: Any) -> torch.Tensor:
+        return getattr(model.base_model, f"_get_{self.name}_loss")()  # type: ignore[union-attr, operator]
+
+
+def adapter_losses(model: nn.Module) -> list[Penalty]:
+    """The losses that the adapters of a `PeftModel` define and no trainer adds: KaSA and MonteCLoRA, where in use."""
+    found: list[Penalty] = []
+    for name in ("kasa", "monteclora"):
+        method = getattr(getattr(model, "base_model", None), f"_get_{name}_loss", None)
+        if hasattr(model, "peft_config") and method is not None and isinstance(method(), torch.Tensor):
+            found.append(AdapterLoss(name))
+    return found

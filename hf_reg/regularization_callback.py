@@ -1,0 +1,57 @@
+"""What a regularized run does around its steps: a random stream for each rank, AdaLoRA's budget, penalties' state."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from safetensors.torch import load_file, save_file
+from transformers import TrainerCallback
+
+from .distributed import data_parallel, seed_rank
+
+
+if TYPE_CHECKING:
+    from .trainer import RegularizerMixin
+
+__all__ = ["RegularizationCallback"]
+
+STATE = "hf_reg_penalties.safetensors"
+
+
+class RegularizationCallback(TrainerCallback):
+    """Belongs to one trainer, which adds it by itself."""
+
+    def __init__(self, trainer: RegularizerMixin) -> None:
+        self.trainer = trainer
+
+    def on_train_begin(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
+        self.trainer._logged_step = state.global_step
+        seed_rank(args.seed, data_parallel(self.trainer.accelerator)[0])
+
+    def on_optimizer_step(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
+        tuner = getattr(self.trainer.bare_model, "base_model", None)
+        if hasattr(tuner, "update_and_allocate"):
+            tuner.update_and_allocate(state.global_step)
+
+    def on_save(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
+        folder = Path(args.output_dir) / f"checkpoint-{state.global_step}"
+        tensors = {
+            f"{penalty.name}/{key}": tensor.contiguous()
+            for penalty in self.trainer.penalties
+            if hasattr(penalty, "state_dict")
+            for key, tensor in penalty.state_dict().items()
+        }
+        if tensors and args.should_save and folder.is_dir():
+            save_file(tensors, folder / STATE)
+
+    def load(self, checkpoint: str) -> None:
+        """Give every penalty the state that it had when `checkpoint` was written."""
+        path = Path(checkpoint) / STATE
+        saved = load_file(path) if path.is_file() else {}
+        for penalty in self.trainer.penalties:
+            if hasattr(penalty, "load_state_dict"):
+                prefix = f"{penalty.name}/"
+                state = {k.removeprefix(prefix): v for k, v in saved.items() if k.startswith(prefix)}
+                if state:
+                    penalty.load_state_dict(state)

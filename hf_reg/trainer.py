@@ -1,0 +1,243 @@
+"""`RegularizedTrainer`: a `Trainer` whose every extra loss term is right under accumulation, processes and resume."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from typing import Any
+
+import torch
+from torch import nn
+from transformers import Trainer
+
+from .base import Penalty
+from .combinations import refuse_combinations
+from .distributed import check_launch
+from .loss_scale import penalty_factor
+from .patching import patch_model
+from .penalty_terms import PenaltyTerms, adapter_losses
+from .recipes import make_patches, make_penalties
+from .regularization_callback import RegularizationCallback
+from .schedules import ScheduleCallback
+from .task_loss import TaskLoss
+from .terms import Terms
+from .training_arguments import RegularizedTrainingArguments
+
+
+__all__ = ["RegularizedTrainer", "RegularizerMixin"]
+
+
+class RegularizerMixin:
+    """Penalties and patches for any `Trainer`: put it before the trainer in a class of your own.
+
+    ```python
+    class RegularizedSFTTrainer(RegularizerMixin, SFTTrainer): ...
+    ```
+
+    Args:
+        penalties (`str`, `dict`, `list` or [`Penalty`], *optional*): terms that join the loss, see [`make_penalties`].
+        patches (`str`, `dict`, `list` or [`Patch`], *optional*): what [`patch_model`] attaches before training.
+        teacher (`nn.Module`, *optional*): what penalties compare with; by default the model with its adapter off.
+
+    The loss of a micro-batch is the task's plus `weight * schedule * penalty` for each penalty, scaled so that the
+    gradient of a step is that of its whole batch at once, however it is cut into micro-batches and processes
+    (`hf_reg/loss_scale.py`). Logs show every term as `loss_<name>`; they sum to `loss`. `eval_loss` is the task alone.
+
+    Raises:
+        `ValueError`: for what cannot be combined. `RuntimeError`: for a launch that is not what was asked for.
+        `FloatingPointError`: in training, for a term that is not finite.
+    """
+
+    def __init__(
+        self, *args: Any, penalties: Any = None, patches: Any = None, teacher: nn.Module | None = None, **kwargs: Any
+    ) -> None:
+        given = kwargs.get("args") or next((a for a in args if hasattr(a, "gradient_accumulation_steps")), None)
+        self._patches = make_patches(patches if patches is not None else getattr(given, "patches", None))
+        chosen = make_penalties(penalties if penalties is not None else getattr(given, "penalties", None))
+        if given is not None:
+            model = kwargs.get("model", args[0] if args else None)
+            refuse_combinations(
+                given, self._patches, chosen, kwargs.get("optimizers"), kwargs.get("compute_loss_func"), model
+            )
+        self._terms, self._eval_terms, self._shares = Terms(), Terms(), Terms()
+        self._finite: dict[str, torch.Tensor] = {}
+        self._logged_step, self.skipped_steps = 0, 0
+        super().__init__(*args, **kwargs)
+        check_launch(self.args, self.accelerator)
+        bare = self.bare_model
+        known = {penalty.name for penalty in chosen}
+        chosen += [penalty for penalty in adapter_losses(bare) if penalty.name not in known]
+        self._penalties = PenaltyTerms(chosen, bare, teacher)
+        self._task = TaskLoss(self.accelerator, getattr(self.args, "average_loss_over", "items"))
+        self._plain_loss = super().compute_loss.__func__ is Trainer.compute_loss  # type: ignore[attr-defined]
+        if self._patches:
+            patch_model(self.model, self._patches)
+        if not any(isinstance(callback, ScheduleCallback) for callback in self.callback_handler.callbacks):
+            self.add_callback(ScheduleCallback())
+        self._around = RegularizationCallback(self)
+        self.add_callback(self._around)
+
+    @property
+    def penalties(self) -> list[Penalty]:
+        """The penalties of this run, those that adapters bring included."""
+        return self._penalties.penalties
+
+    @property
+    def bare_model(self) -> nn.Module:
+        """The model without the wrappers of distributed training and compilation."""
+        return self.accelerator.unwrap_model(self.model, keep_torch_compile=False)
+
+    def call_model_init(self, trial: Any = None) -> nn.Module:
+        model = super().call_model_init(trial)
+        return patch_model(model, self._patches) if self._patches else model
+
+    def _load_from_checkpoint(self, resume_from_checkpoint: str, *args: Any, **kwargs: Any) -> None:
+        super()._load_from_checkpoint(resume_from_checkpoint, *args, **kwargs)
+        self._around.load(resume_from_checkpoint)
+
+    # the loss
+
+    def compute_loss(
+        self,
+        model: nn.Module,
+        inputs: dict[str, Any],
+        return_outputs: bool = False,
+        num_items_in_batch: torch.Tensor | int | None = None,
+    ) -> Any:
+        batch = dict(inputs)  # the trainer below may take the labels out
+        own_loss = self.label_smoother is not None or self.compute_loss_func is not None
+        asks = self._plain_loss and not own_loss and self.model_accepts_loss_kwargs
+        if asks and num_items_in_batch is not None:
+            if not self._task.ask(self.bare_model, batch, self.args.gradient_accumulation_steps):
+                self.model_accepts_loss_kwargs, num_items_in_batch = False, None
+        extra = self._penalties.request(inputs)
+        loss, outputs = super().compute_loss(
+            model, {**inputs, **extra}, return_outputs=True, num_items_in_batch=num_items_in_batch
+        )
+        if model.training:
+            loss = self._regularize(loss, self._is_scaled(num_items_in_batch), batch, outputs)
+        elif self.penalties:
+            self._note_evaluation(batch, outputs)
+        for name in extra:  # or they would be gathered as predictions
+            outputs.pop(name.removeprefix("output_"), None)
+        return (loss, outputs) if return_outputs else loss
+
+    def _is_scaled(self, num_items_in_batch: Any) -> bool:
+        """Whether `training_step` takes the task loss as scaled for accumulation: the rule of `Trainer`."""
+        if self.loss_is_scaled_for_ga is not None:
+            return self.loss_is_scaled_for_ga
+        accepts = self.model_accepts_loss_kwargs and num_items_in_batch is not None
+        return accepts or self.compute_loss_func is not None
+
+    def _regularize(self, loss: torch.Tensor, scaled: bool, inputs: Mapping[str, Any], outputs: Any) -> torch.Tensor:
+        accumulation = self.current_gradient_accumulation_steps
+        if self._plain_loss and not scaled and self.label_smoother is None:
+            loss = self._task.weigh(loss, inputs, accumulation)
+        terms = {"task": loss}
+        last = self.accelerator.sync_gradients
+        values = self._penalties(self.bare_model, inputs, outputs, self._progress, parameters=last)
+        for penalty, value in values.items():
+            terms[penalty.name] = value * penalty_factor(scaled, accumulation, penalty.ON_PARAMETERS)
+        for name, term in terms.items():
+            self._terms.add(name, term, 1.0 if scaled else 1.0 / accumulation)
+            finite = term.detach().isfinite()
+            self._finite[name] = self._finite[name] & finite if name in self._finite else finite
+        if last and len(terms) > 1 and getattr(self.args, "gradient_shares", False):
+            self._note_shares(terms)
+        return sum(list(terms.values())[1:], loss)
+
+    @property
+    def _progress(self) -> tuple[int, int, Sequence[float]]:
+        losses = [entry["eval_loss"] for entry in self.state.log_history if "eval_loss" in entry]
+        return self.state.global_step, max(self.state.max_steps, 1), losses
+
+    def get_batch_samples(self, *args: Any, **kwargs: Any) -> tuple[list, Any]:
+        batches, num_items_in_batch = super().get_batch_samples(*args, **kwargs)
+        if self._plain_loss and not (self._task.divides and self.model_accepts_loss_kwargs):
+            self._task.open(batches)
+        return batches, num_items_in_batch
+
+    # steps that are not finite
+
+    def training_step(self, model: nn.Module, *args: Any, **kwargs: Any) -> torch.Tensor:
+        loss = super().training_step(model, *args, **kwargs)
+        if self.accelerator.sync_gradients and self._finite:
+            self._check_finite(model)
+        return loss
+
+    def _check_finite(self, model: nn.Module) -> None:
+        """Once an optimizer step: stop, or leave it out, if any term of any process is not finite."""
+        names = sorted(self._finite)
+        bad = self.accelerator.reduce(torch.stack([~self._finite[name] for name in names]).float(), "sum")
+        self._finite = {}
+        found = [name for name, count in zip(names, bad.tolist(), strict=True) if count]
+        if not found:
+            return
+        if getattr(self.args, "on_nonfinite", "raise") == "skip":
+            self.skipped_steps += 1
+            self._terms = Terms()
+            model.zero_grad(set_to_none=True)  # without gradients an optimizer moves nothing, decay included
+            return
+        raise FloatingPointError(
+            f"Step {self.state.global_step + 1}: not finite: the loss term {', '.join(found)}. Training stops; the "
+            f"checkpoints in {self.args.output_dir} are from before this step. Lower the term's weight or the "
+            "learning rate, or set on_nonfinite='skip'."
+        )
+
+    # logs
+
+    def _note_shares(self, terms: Mapping[str, torch.Tensor]) -> None:
+        if self.accelerator.distributed_type.value in ("FSDP", "DEEPSPEED"):
+            raise ValueError("gradient_shares=True needs whole gradients: not possible under FSDP or DeepSpeed.")
+        parameters = [p for p in self.bare_model.parameters() if p.requires_grad]
+        norms = {}
+        for name, term in terms.items():
+            gradients = torch.autograd.grad(term, parameters, retain_graph=True, allow_unused=True)
+            norms[name] = torch.nn.utils.get_total_norm([g for g in gradients if g is not None])
+        for name, norm in norms.items():
+            self._shares.add(name, norm / sum(norms.values()))
+
+    def _note_evaluation(self, inputs: Mapping[str, Any], outputs: Any) -> None:
+        examples = len(next(value for value in inputs.values() if isinstance(value, torch.Tensor) and value.dim()))
+        values = self._penalties(self.bare_model, inputs, outputs, self._progress)
+        for penalty, value in values.items():
+            self._eval_terms.add(penalty.name, value, examples)
+
+    def _over_processes(self, values: torch.Tensor) -> torch.Tensor:
+        return self.accelerator.reduce(values, "mean")
+
+    def evaluation_loop(self, *args: Any, **kwargs: Any) -> Any:
+        self._eval_terms = Terms()
+        output = super().evaluation_loop(*args, **kwargs)
+        prefix = kwargs.get("metric_key_prefix", args[4] if len(args) > 4 else "eval")
+        for name, value in self._eval_terms.mean(self._over_processes).items():
+            output.metrics[f"{prefix}_loss_{name}"] = value
+        return output
+
+    def log(self, logs: dict[str, float], *args: Any, **kwargs: Any) -> None:
+        if "loss" in logs:
+            steps = max(self.state.global_step - self._logged_step, 1)
+            terms = self._terms.total(self._over_processes)
+            if self.penalties:
+                logs |= {f"loss_{name}": value / steps for name, value in terms.items()}
+            logs |= {f"share_{name}": value for name, value in self._shares.mean(self._over_processes).items()}
+            if self.skipped_steps:
+                logs["skipped_steps"] = float(self.skipped_steps)
+            self._logged_step = self.state.global_step
+        super().log(logs, *args, **kwargs)
+
+
+class RegularizedTrainer(RegularizerMixin, Trainer):
+    """A [`~transformers.Trainer`] with [`RegularizerMixin`].
+
+    Example:
+
+    ```python
+    trainer = RegularizedTrainer(
+        model=model, args=RegularizedTrainingArguments("out"), train_dataset=train,
+        patches="tlm", penalties={"l2_sp": 0.01, "mine": (0.1, lambda model, inputs, outputs: outputs.logits.var())},
+    )
+    ```
+    """
+
+    def __init__(self, model: Any = None, args: Any = None, **kwargs: Any) -> None:
+        super().__init__(model=model, args=args or RegularizedTrainingArguments(), **kwargs)

@@ -1,0 +1,67 @@
+"""`RegularizedTrainingArguments`: what regularizes a run, as a command line or a YAML file can say it."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, field
+
+from transformers import TrainingArguments
+
+from .base import check_choice
+
+
+__all__ = ["RegularizedArguments", "RegularizedTrainingArguments"]
+
+ON_NONFINITE = ("raise", "skip")
+AVERAGES = ("items", "examples")
+
+
+@dataclass
+class RegularizedArguments:
+    """The fields that regularization adds; a base beside the arguments of another trainer (`SFTConfig`, `DPOConfig`).
+
+    Args:
+        patches (`str` or `dict` or `list`, *optional*):
+            What [`patch_model`] attaches: a name, `{name: settings}`, a list, or YAML text or file of one of these.
+        penalties (`str` or `dict` or `list`, *optional*):
+            Terms that join the loss: a name, `{name: weight}`, `{name: settings}`, a list, or YAML text or file.
+        on_nonfinite (`str`, *optional*, defaults to `"raise"`):
+            A loss or a term that is not finite: `"raise"` reports it by name and stops, `"skip"` leaves that step out
+            and counts it (`skipped_steps` in the logs). Our choice.
+        gradient_shares (`bool`, *optional*, defaults to `False`):
+            Log each term's share of the gradient norm (`share_<name>`) at logging steps; a backward pass for each.
+        average_loss_over (`str`, *optional*, defaults to `"items"`):
+            What the mean loss of a head that ignores `num_items_in_batch` is over: `"items"` (labels that are not
+            -100) or `"examples"` (such as connectionist temporal classification).
+    """
+
+    patches: dict | str | list | None = field(
+        default=None, metadata={"help": "What patch_model attaches: a name, YAML text, or a YAML file."}
+    )
+    penalties: dict | str | list | None = field(
+        default=None,
+        metadata={"help": "Terms that join the loss: a name, YAML text such as 'l2_sp: 0.01', or a file."},
+    )
+    on_nonfinite: str = field(
+        default="raise", metadata={"help": "raise or skip (and count) a step that is not finite."}
+    )
+    gradient_shares: bool = field(default=False, metadata={"help": "Log each term's share of the gradient norm."})
+    average_loss_over: str = field(
+        default="items", metadata={"help": "items (labels that are not -100) or examples: what a head's mean is over."}
+    )
+
+    def check_regularization(self) -> None:
+        from .recipes import read_recipe
+
+        owner = type(self).__name__
+        check_choice(owner, "on_nonfinite", self.on_nonfinite, ON_NONFINITE)
+        check_choice(owner, "average_loss_over", self.average_loss_over, AVERAGES)
+        self.patches, self.penalties = read_recipe(self.patches), read_recipe(self.penalties)
+
+
+@dataclass
+class RegularizedTrainingArguments(RegularizedArguments, TrainingArguments):
+    __doc__ = (TrainingArguments.__doc__ or "") + (RegularizedArguments.__doc__ or "")
+
+    def __post_init__(self) -> None:
+        self.check_regularization()
+        super().__post_init__()
