@@ -38,9 +38,11 @@ def refuse_combinations(
             f"use_liger_kernel=True fuses the cross-entropy and returns no logits, which {', '.join(outputs)} needs. "
             "Set use_liger_kernel=False, or liger_kernel_config={'fused_linear_cross_entropy': False}."
         )
-    kwargs = getattr(args, "gradient_checkpointing_kwargs", None) or {}
-    checkpointing = bool(getattr(args, "gradient_checkpointing", False)) or bool(
-        getattr(model, "is_gradient_checkpointing", False)
+    names_of = ("activation_checkpointing", "gradient_checkpointing")  # since transformers 5.23, and before
+    kwargs = next(filter(None, (getattr(args, f"{name}_kwargs", None) for name in names_of)), {})
+    modules = model.modules() if model is not None else ()
+    checkpointing = any(getattr(args, name, False) for name in names_of) or any(
+        getattr(module, "gradient_checkpointing", False) for module in modules
     )
     if checkpointing and kwargs.get("use_reentrant") and parameters:
         raise ValueError(

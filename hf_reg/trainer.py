@@ -117,8 +117,9 @@ class RegularizerMixin:
             loss = self._regularize(loss, self._is_scaled(num_items_in_batch), batch, outputs)
         elif self.penalties:
             self._note_evaluation(batch, outputs)
-        for name in extra:  # or they would be gathered as predictions
-            outputs.pop(name.removeprefix("output_"), None)
+        if extra:  # or they would be gathered as predictions
+            added = {name.removeprefix("output_") for name in extra}
+            outputs = type(outputs)(**{key: value for key, value in outputs.items() if key not in added})
         return (loss, outputs) if return_outputs else loss
 
     def _is_scaled(self, num_items_in_batch: Any) -> bool:
