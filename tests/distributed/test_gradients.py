@@ -2,9 +2,6 @@
 
 from __future__ import annotations
 
-import os
-import subprocess
-import sys
 from pathlib import Path
 
 import pytest
@@ -12,21 +9,7 @@ import torch
 import transformers
 
 from .heads import HEADS, ROWS, WEIGHT, difference, expected, gradients, weight_penalty
-
-
-def launch(module: str, *arguments: str, processes: int = 2, timeout: int = 300, **environment: str) -> None:
-    """`torchrun` on this machine, with its own port; whatever it says is in the error if it fails."""
-    command = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc_per_node", str(processes)]
-    done = subprocess.run(
-        [*command, "-m", module, *arguments],
-        env={**os.environ, "HF_HUB_OFFLINE": "1", "OMP_NUM_THREADS": "1", **environment},
-        cwd=Path(__file__).parents[2],
-        timeout=timeout,
-        capture_output=True,
-        text=True,
-        check=False,
-    )
-    assert done.returncode == 0, done.stdout[-2000:] + done.stderr[-4000:]
+from .launch import launch
 
 
 @pytest.mark.parametrize("accumulation", [1, 2, 4])
