@@ -41,8 +41,9 @@ class _Distance(torch.autograd.Function):
         scale = 4 * grad if ctx.squared else torch.where(norm > 0, 2 * grad / norm, 0.0)
         with exactly(matrix):
             wide = widen(matrix)
-            product = error @ wide if wide.shape[0] <= wide.shape[1] else wide @ error
-            return (product * scale).to(matrix.dtype), None
+            error = error * scale
+            slope = error @ wide if wide.shape[0] <= wide.shape[1] else wide @ error
+        return slope.to(matrix.dtype), None
 
 
 def orthonormality(matrix: torch.Tensor, *, squared: bool = False) -> torch.Tensor:

@@ -83,7 +83,13 @@ class _Concentration(torch.autograd.Function):
     def backward(ctx: Any, grad: torch.Tensor) -> tuple[torch.Tensor, None, None]:
         matrix, vectors, weights, rest = ctx.saved_tensors
         with exactly(matrix):
-            slope = (vectors * (weights * grad)) @ (vectors.mT @ matrix) + matrix * (rest * grad)
+            weighted = vectors * (weights * grad)
+            if vectors.shape[0] == vectors.shape[1]:  # one pass over the matrix
+                core = weighted @ vectors.mT
+                core.diagonal().add_(rest * grad)
+                slope = core @ matrix
+            else:
+                slope = weighted @ (vectors.mT @ matrix) + matrix * (rest * grad)
         return slope.mT if ctx.tall else slope, None, None
 
 
