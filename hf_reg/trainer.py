@@ -199,7 +199,8 @@ class RegularizerMixin:
 
     def _note_evaluation(self, inputs: Mapping[str, Any], outputs: Any) -> None:
         examples = len(next(value for value in inputs.values() if isinstance(value, torch.Tensor) and value.dim()))
-        values = self._penalties(self.bare_model, inputs, outputs, self._progress)
+        first = not self._eval_terms  # parameters are the same for every batch
+        values = self._penalties(self.bare_model, inputs, outputs, self._progress, parameters=first)
         for penalty, value in values.items():
             self._eval_terms.add(penalty.name, value, examples)
 

@@ -223,8 +223,8 @@ def test_teacher_is_the_model_without_its_adapter() -> None:
         wanted = base.eval()(batch).logits
     made = trainer(
         model=get_peft_model(base, LoraConfig(r=2, target_modules="all-linear", lora_dropout=0.5)),
-        head="tokens/llama", penalties=[Compares()], patches="tlm", per_device_train_batch_size=ROWS, max_steps=3, learning_rate=0.1,
-        train_sampling_strategy="sequential",
+        head="tokens/llama", penalties=[Compares()], patches="tlm", per_device_train_batch_size=ROWS, max_steps=3,
+        learning_rate=0.1, train_sampling_strategy="sequential",
     )  # fmt: skip
     made.train()
     assert len(seen) == 3 and all(torch.allclose(one, wanted, atol=1e-6) for one in seen)

@@ -48,6 +48,8 @@ class Masks(TrainerCallback):
 
     def watch(self, trainer: RegularizedTrainer) -> None:
         for gate in gates(trainer.model):
+            if gate.patch.name != "drophead":
+                continue
             draw = gate.scales
 
             def scales(*args: Any, draw: Any = draw) -> Any:
