@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
+from inspect import signature
 from typing import Any
 
 import torch
@@ -61,6 +62,7 @@ class RegularizerMixin:
         self._terms, self._eval_terms, self._shares = Terms(), Terms(), Terms()
         self._finite: dict[str, torch.Tensor] = {}
         self._logged_step, self.skipped_steps = 0, 0
+        self._forwards_again = False  # whether penalties need a forward of their own
         super().__init__(*args, **kwargs)
         check_launch(self.args, self.accelerator)
         bare = self.bare_model
@@ -110,17 +112,32 @@ class RegularizerMixin:
             if not self._task.ask(self.bare_model, batch, self.args.gradient_accumulation_steps):
                 self.model_accepts_loss_kwargs, num_items_in_batch = False, None
         extra = self._penalties.request(inputs)
-        loss, outputs = super().compute_loss(
-            model, {**inputs, **extra}, return_outputs=True, num_items_in_batch=num_items_in_batch
+        wanted = return_outputs or (self._penalties.read_outputs and not (model.training and self._forwards_again))
+        result = super().compute_loss(
+            model, {**inputs, **extra}, return_outputs=wanted, num_items_in_batch=num_items_in_batch
         )
+        loss, outputs = result if wanted else (result, None)
         if model.training:
-            loss = self._regularize(loss, self._is_scaled(num_items_in_batch), batch, outputs)
+            seen = self._outputs_with_gradient(batch | extra, outputs)
+            loss = self._regularize(loss, self._is_scaled(num_items_in_batch), batch, seen)
         elif self.penalties:
             self._note_evaluation(batch, outputs)
-        if extra:  # or they would be gathered as predictions
+        if extra and return_outputs:  # or they would be gathered as predictions
             added = {name.removeprefix("output_") for name in extra}
             outputs = type(outputs)(**{key: value for key, value in outputs.items() if key not in added})
         return (loss, outputs) if return_outputs else loss
+
+    def _outputs_with_gradient(self, inputs: Mapping[str, Any], outputs: Any) -> Any:
+        """What penalties see. TRL's trainers compute their loss without logits, and outputs that are asked for anyway
+        carry no gradient: then the model runs once more, and the trainer below is not asked again."""
+        if not self._penalties.read_outputs:
+            return outputs
+        logits = getattr(outputs, "logits", None)
+        if self._forwards_again or (logits is not None and not logits.requires_grad and torch.is_grad_enabled()):
+            self._forwards_again = True
+            known = signature(getattr(self.bare_model, "get_base_model", lambda: self.bare_model)().forward).parameters
+            return self.bare_model(**{k: v for k, v in inputs.items() if k in known and k != "labels"})
+        return outputs
 
     def _is_scaled(self, num_items_in_batch: Any) -> bool:
         """Whether `training_step` takes the task loss as scaled for accumulation: the rule of `Trainer`."""

@@ -9,13 +9,15 @@ from typing import Any
 import pytest
 
 from hf_reg.patching import known_patches
+from hf_reg.recipes import known_penalties
 
 
 ROOT = Path(__file__).parent.parent
 
 
 @pytest.mark.parametrize("document", ["README.md", "CONTRIBUTING.md"])
-def test_blocks_run(document: str) -> None:
+def test_blocks_run(document: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.chdir(tmp_path)
     blocks = re.findall(r"```python\n(.*?)```", (ROOT / document).read_text(), re.DOTALL)
     assert blocks
     namespace: dict[str, Any] = {"__name__": "readme"}
@@ -27,6 +29,8 @@ def test_every_method_has_a_row() -> None:
     text = (ROOT / "README.md").read_text()
     for name in known_patches():
         assert f"| `{name}` |" in text
+    for name in known_penalties():
+        assert re.search(rf"^\| .*`{name}`.* \|", text, re.MULTILINE), name
 
 
 def test_ci_runs_the_readme_s_test_command() -> None:

@@ -17,7 +17,7 @@ from hf_reg.base import Penalty
 from hf_reg.recipes import make_patches, make_penalties
 from hf_reg.seams import gates
 
-from .distributed.heads import ROWS, WEIGHT, make, rows, weight_penalty
+from .distributed.heads import ROWS, WEIGHT, Spy, difference, make, rows, weight_penalty
 
 
 def arguments(kind: type = RegularizedTrainingArguments, folder: Any = "unused", **settings: Any) -> Any:
@@ -262,3 +262,48 @@ def test_patch_specifications() -> None:
     assert make_patches(None) == [] and make_patches({"tlm": None})[0].name == "tlm"
     with pytest.raises(TypeError, match="expected a name, a Patch, a list or a dict"):
         make_patches(3.5)
+
+
+def tokenizer() -> Any:
+    from tokenizers import Tokenizer
+    from tokenizers.models import WordLevel
+    from tokenizers.pre_tokenizers import Whitespace
+    from transformers import PreTrainedTokenizerFast
+
+    model = Tokenizer(WordLevel({"<pad>": 0, "<unk>": 1, "</s>": 2} | {f"w{i}": 3 + i for i in range(60)}, "<unk>"))
+    model.pre_tokenizer = Whitespace()
+    return PreTrainedTokenizerFast(tokenizer_object=model, pad_token="<pad>", unk_token="<unk>", eos_token="</s>")
+
+
+@pytest.mark.parametrize("kind", ["SFT", "DPO"])
+def test_over_the_trainers_of_trl(tmp_path: Path, kind: str) -> None:
+    """Their loss is computed without logits: a penalty on the outputs must have a gradient all the same."""
+    import datasets
+    import trl
+    from peft import LoraConfig, get_peft_model
+
+    class Ours(RegularizerMixin, getattr(trl, f"{kind}Trainer")): ...  # type: ignore[misc]
+
+    def spread(model: nn.Module, inputs: Any, outputs: Any) -> torch.Tensor:
+        return outputs.logits.square().mean()
+
+    words = [" ".join(f"w{(i + k) % 60}" for k in range(6)) for i in range(8)]
+    columns = {"text": words} if kind == "SFT" else {"prompt": words, "chosen": words[::-1], "rejected": words}
+    steps: list[dict[str, torch.Tensor]] = []
+    for size, accumulation, weight in ((8, 1, 5.0), (2, 4, 5.0), (8, 1, 0.0)):
+        spy = Spy()
+        args = arguments(
+            getattr(trl, f"{kind}Config"), tmp_path, max_steps=1, per_device_train_batch_size=size, max_grad_norm=0.0,
+            gradient_accumulation_steps=accumulation, bf16=False,
+        )  # fmt: skip
+        torch.manual_seed(0)
+        model = get_peft_model(make("tokens/llama"), LoraConfig(r=2, target_modules="all-linear"))
+        made = Ours(
+            model=model, args=args, train_dataset=datasets.Dataset.from_dict(columns), processing_class=tokenizer(),
+            penalties={"spread": (weight, spread), "l2": 0.1}, patches={"drophead": {"p": 0.0}}, callbacks=[spy],
+        )  # fmt: skip
+        made.train()
+        assert list(gates(made.model)) and (logs(made)[0].get("loss_spread", 0) > 0) == (weight > 0)
+        steps += spy.steps
+    assert difference(steps[1], steps[0]) < 1e-4
+    assert difference(steps[2], steps[0]) > 1e-2, "the penalty on the outputs has no gradient"
