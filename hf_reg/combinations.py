@@ -39,7 +39,7 @@ def refuse_combinations(
             "Set use_liger_kernel=False, or liger_kernel_config={'fused_linear_cross_entropy': False}."
         )
     names_of = ("activation_checkpointing", "gradient_checkpointing")  # since transformers 5.23, and before
-    kwargs = next(filter(None, (getattr(args, f"{name}_kwargs", None) for name in names_of)), {})
+    kwargs: dict[str, Any] = next(filter(None, (getattr(args, f"{name}_kwargs", None) for name in names_of)), {})
     modules = model.modules() if model is not None else ()
     checkpointing = any(getattr(args, name, False) for name in names_of) or any(
         getattr(module, "gradient_checkpointing", False) for module in modules

@@ -100,7 +100,7 @@ class AdapterLoss(Penalty):
         super().__init__(name=name)
 
     def __call__(self, model: nn.Module, inputs: Mapping[str, Any], outputs: Any) -> torch.Tensor:
-        return getattr(model.base_model, f"_get_{self.name}_loss")()  # type: ignore[union-attr, operator]
+        return getattr(model.base_model, f"_get_{self.name}_loss")()
 
 
 def adapter_losses(model: nn.Module) -> list[Penalty]:

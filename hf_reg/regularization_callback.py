@@ -30,7 +30,7 @@ class RegularizationCallback(TrainerCallback):
         seed_rank(args.seed, data_parallel(self.trainer.accelerator)[0])
 
     def on_optimizer_step(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
-        tuner = getattr(self.trainer.bare_model, "base_model", None)
+        tuner: Any = getattr(self.trainer.bare_model, "base_model", None)
         if hasattr(tuner, "update_and_allocate"):
             tuner.update_and_allocate(state.global_step)
 

@@ -48,5 +48,5 @@ class Teacher:
                 self.other.to(wanted)
             with evaluating(self.other):
                 return self.other(**inputs)
-        with self.model.disable_adapter(), evaluating(self.model):
+        with self.model.disable_adapter(), evaluating(self.model):  # type: ignore[operator]
             return self.model(**inputs)

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
 from inspect import signature
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import torch
 from torch import nn
@@ -26,8 +26,13 @@ from .training_arguments import RegularizedTrainingArguments
 
 __all__ = ["RegularizedTrainer", "RegularizerMixin"]
 
+if TYPE_CHECKING:
+    from transformers import Trainer as _Base  # what it is mixed into
+else:
+    _Base = object
 
-class RegularizerMixin:
+
+class RegularizerMixin(_Base):
     """Penalties and patches for any `Trainer`: put it before the trainer in a class of your own.
 
     ```python
@@ -70,7 +75,7 @@ class RegularizerMixin:
         chosen += [penalty for penalty in adapter_losses(bare) if penalty.name not in known]
         self._penalties = PenaltyTerms(chosen, bare, teacher)
         self._task = TaskLoss(self.accelerator, getattr(self.args, "average_loss_over", "items"))
-        self._plain_loss = super().compute_loss.__func__ is Trainer.compute_loss  # type: ignore[attr-defined]
+        self._plain_loss = super().compute_loss.__func__ is Trainer.compute_loss
         if self._patches:
             patch_model(self.model, self._patches)
         if not any(isinstance(callback, ScheduleCallback) for callback in self.callback_handler.callbacks):
@@ -110,12 +115,15 @@ class RegularizerMixin:
         asks = self._plain_loss and not own_loss and self.model_accepts_loss_kwargs
         if asks and num_items_in_batch is not None:
             if not self._task.ask(self.bare_model, batch, self.args.gradient_accumulation_steps):
-                self.model_accepts_loss_kwargs, num_items_in_batch = False, None
+                self.model_accepts_loss_kwargs: bool = False
+                num_items_in_batch = None
         extra = self._penalties.request(inputs)
         wanted = return_outputs or (self._penalties.read_outputs and not (model.training and self._forwards_again))
         result = super().compute_loss(
             model, {**inputs, **extra}, return_outputs=wanted, num_items_in_batch=num_items_in_batch
         )
+        loss: torch.Tensor
+        outputs: Any
         loss, outputs = result if wanted else (result, None)
         if model.training:
             seen = self._outputs_with_gradient(batch | extra, outputs)

@@ -5,6 +5,7 @@ from __future__ import annotations
 
 import argparse
 import platform
+import sys
 from importlib.metadata import version
 from pathlib import Path
 
@@ -12,7 +13,7 @@ import torch
 from rich.console import Console
 from rich.table import Table
 
-from . import drophead, tlm
+from . import drophead, tlm, trainer
 from .timing import Row
 
 
@@ -37,7 +38,7 @@ def markdown(rows: list[Row], rounds: int) -> str:
         f"rounds, every",
         "variant once a round in random order. A ratio is the median over the rounds of ours / peer (for the "
         "mask: peer / ours).",
-        "Peak memory is what a step allocates above the model, gradients included; it is the same in every run.",
+        "Peak memory is what a step allocates above the model, gradients included (with `skip`, of one draw).",
         "",
         "| " + " | ".join(COLUMNS) + " |",
         "|" + "---|" * len(COLUMNS),
@@ -48,11 +49,11 @@ def markdown(rows: list[Row], rounds: int) -> str:
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__)
     parser.add_argument("--rounds", type=int, default=31)
-    parser.add_argument("--only", choices=("tlm", "drophead"))
+    parser.add_argument("--only", choices=("tlm", "drophead", "trainer"))
     options = parser.parse_args()
     torch.set_num_threads(1)
     rows = []
-    for name, module in (("tlm", tlm), ("drophead", drophead)):
+    for name, module in (("tlm", tlm), ("drophead", drophead), ("trainer", trainer)):
         if options.only in (None, name):
             rows += module.run(options.rounds)
     table = Table(title="ratios of this run", title_justify="left")
@@ -60,7 +61,7 @@ def main() -> None:
         table.add_column(column)
     for row in rows:
         table.add_row(*cells(row), style=None if row.met is not False else "bold red")
-    Console().print(table)
+    Console(width=None if sys.stdout.isatty() else 150).print(table)
     if options.only is None:
         RESULTS.write_text(markdown(rows, options.rounds))
 

@@ -16,6 +16,7 @@ from .launch import environment, launch, run
 from .run import PARAMETER_PENALTIES
 
 
+pytestmark = pytest.mark.distributed
 RUN = "tests.distributed.run"
 
 
@@ -34,7 +35,7 @@ def same_run(a: Path, b: Path) -> None:
         assert torch.equal(x, y), name
 
 
-@pytest.mark.parametrize("processes", [1, 2])
+@pytest.mark.parametrize("processes", [pytest.param(1, marks=pytest.mark.slow), 2])
 def test_a_killed_run_resumes_as_if_nothing_had_happened(tmp_path: Path, processes: int) -> None:
     """40 rows are 10 steps an epoch on one process and 5 on two; the run dies at step 5 or 8, saved at 3 or 6."""
     whole, broken = tmp_path / "whole", tmp_path / "broken"
@@ -47,6 +48,7 @@ def test_a_killed_run_resumes_as_if_nothing_had_happened(tmp_path: Path, process
     same_run(whole, broken)
 
 
+@pytest.mark.slow
 def test_elastic_restart_resumes_by_itself(tmp_path: Path) -> None:
     whole, broken = tmp_path / "whole", tmp_path / "broken"
     launch(RUN, "train", str(whole))
@@ -79,7 +81,7 @@ def penalty_gradient(name: str) -> dict[str, torch.Tensor]:
     return {name: p.grad for name, p in model.named_parameters() if p.grad is not None}
 
 
-@pytest.mark.parametrize("sharded", [False, True])
+@pytest.mark.parametrize("sharded", [pytest.param(False, marks=pytest.mark.slow), True])
 def test_penalties_on_parameters(tmp_path: Path, sharded: bool) -> None:
     launch(RUN, "penalties", str(tmp_path), *(["--sharded"] if sharded else []))
     found = torch.load(tmp_path / "gradients.pt")
@@ -88,6 +90,7 @@ def test_penalties_on_parameters(tmp_path: Path, sharded: bool) -> None:
         assert difference(gradient, penalty_gradient(name)) < 1e-5, (name, accumulation)
 
 
+@pytest.mark.slow
 def test_a_sharded_run_saves_what_one_process_saves(tmp_path: Path) -> None:
     launch(RUN, "train", str(tmp_path / "sharded"), "--sharded", "--steps", "3")
     launch(RUN, "train", str(tmp_path / "whole"), "--steps", "3")
@@ -95,6 +98,7 @@ def test_a_sharded_run_saves_what_one_process_saves(tmp_path: Path) -> None:
     assert a.keys() == b.keys() and all(torch.allclose(a[name], b[name], atol=1e-5) for name in a)
 
 
+@pytest.mark.slow
 def test_two_nodes_on_loopback(tmp_path: Path) -> None:
     command = [
         "accelerate.commands.launch", "--multi_gpu", "--num_processes", "2", "--num_machines", "2",
