@@ -12,7 +12,7 @@ from .base import Penalty
 from .teacher import Teacher
 
 
-__all__ = ["PenaltyTerms", "adapter_losses"]
+__all__ = ["PenaltyTerms"]
 
 OUTPUTS = frozenset({"logits", "hidden_states", "attentions"})
 
@@ -89,25 +89,3 @@ class PenaltyTerms:
             found = f"shape {tuple(value.shape)}" if isinstance(value, torch.Tensor) else type(value).__name__
             raise ValueError(f"Penalty {penalty.name!r} returned {found}; expected a tensor with one element.")
         return value.reshape(())
-
-
-class AdapterLoss(Penalty):
-    """A loss that a PEFT method defines and leaves to the user to add, such as KaSA's (arXiv 2412.06071)."""
-
-    ON_PARAMETERS = True
-
-    def __init__(self, name: str) -> None:
-        super().__init__(name=name)
-
-    def __call__(self, model: nn.Module, inputs: Mapping[str, Any], outputs: Any) -> torch.Tensor:
-        return getattr(model.base_model, f"_get_{self.name}_loss")()
-
-
-def adapter_losses(model: nn.Module) -> list[Penalty]:
-    """The losses that the adapters of a `PeftModel` define and no trainer adds: KaSA and MonteCLoRA, where in use."""
-    found: list[Penalty] = []
-    for name in ("kasa", "monteclora"):
-        method = getattr(getattr(model, "base_model", None), f"_get_{name}_loss", None)
-        if hasattr(model, "peft_config") and method is not None and isinstance(method(), torch.Tensor):
-            found.append(AdapterLoss(name))
-    return found

@@ -10,12 +10,13 @@ import torch
 from torch import nn
 from transformers import Trainer
 
+from .adapter_losses import adapter_losses, muted
 from .base import Penalty
 from .combinations import refuse_combinations
 from .distributed import check_launch
 from .loss_scale import penalty_factor
 from .patching import patch_model
-from .penalty_terms import PenaltyTerms, adapter_losses
+from .penalty_terms import PenaltyTerms
 from .recipes import make_patches, make_penalties
 from .regularization_callback import RegularizationCallback
 from .schedules import ScheduleCallback
@@ -119,9 +120,10 @@ class RegularizerMixin(_Base):
                 num_items_in_batch = None
         extra = self._penalties.request(inputs)
         wanted = return_outputs or (self._penalties.read_outputs and not (model.training and self._forwards_again))
-        result = super().compute_loss(
-            model, {**inputs, **extra}, return_outputs=wanted, num_items_in_batch=num_items_in_batch
-        )
+        with muted(self.bare_model):
+            result = super().compute_loss(
+                model, {**inputs, **extra}, return_outputs=wanted, num_items_in_batch=num_items_in_batch
+            )
         loss: torch.Tensor
         outputs: Any
         loss, outputs = result if wanted else (result, None)

@@ -248,11 +248,28 @@ def test_losses_and_budgets_of_adapters_are_driven() -> None:
     assert [penalty.name for penalty in made.penalties] == ["kasa"]
     made.train()
     assert "loss_kasa" in logs(made)[0]
-    config = AdaLoraConfig(init_r=4, target_r=1, tinit=0, tfinal=1, deltaT=1, total_step=4, target_modules=["q_proj"])
+    config = AdaLoraConfig(
+        init_r=4,
+        target_r=1,
+        tinit=0,
+        tfinal=1,
+        deltaT=1,
+        total_step=4,
+        target_modules=["q_proj"],
+        task_type="CAUSAL_LM",
+    )
     ada = get_peft_model(make("tokens/llama"), config)
     made = trainer(model=ada, head="tokens/llama", max_steps=4)
     made.train()
     assert ada.base_model.peft_config["default"].rank_pattern is not None
+    assert [penalty.name for penalty in made.penalties] == ["adalora"]
+    ada.eval()
+    batch = {key: torch.stack([row[key] for row in rows("tokens/llama")]) for key in rows("tokens/llama")[0]}
+    with torch.no_grad():
+        hidden, task = ada(**batch).loss.item(), ada.get_base_model()(**batch).loss.item()  # PEFT adds it in eval too
+    metrics = made.evaluate()
+    assert metrics["eval_loss"] == pytest.approx(task, rel=1e-5)
+    assert metrics["eval_loss_adalora"] == pytest.approx(hidden - task, rel=1e-4) and hidden - task > 0.1
 
 
 def test_patch_specifications() -> None:
