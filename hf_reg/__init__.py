@@ -8,7 +8,7 @@ if TYPE_CHECKING:
     from .describe import describe
     from .patching import patch_model, patched, unpatch_model
     from .trainer import RegularizedTrainer, RegularizerMixin
-    from .training_arguments import RegularizedTrainingArguments
+    from .training.arguments import RegularizedTrainingArguments
 
 __version__ = "0.1.0"
 
@@ -19,7 +19,7 @@ _HOME = {
     "unpatch_model": "patching",
     "RegularizedTrainer": "trainer",
     "RegularizerMixin": "trainer",
-    "RegularizedTrainingArguments": "training_arguments",
+    "RegularizedTrainingArguments": "training.arguments",
 }
 __all__ = [
     "RegularizedTrainer", "RegularizedTrainingArguments", "RegularizerMixin", "describe", "patch_model", "patched",

@@ -10,19 +10,19 @@ import torch
 from torch import nn
 from transformers import Trainer
 
-from .adapter_losses import adapter_losses, muted
 from .base import Penalty
-from .combinations import refuse_combinations
 from .distributed import check_launch
-from .loss_scale import penalty_factor
 from .patching import patch_model
-from .penalty_terms import PenaltyTerms
 from .recipes import make_patches, make_penalties
-from .regularization_callback import RegularizationCallback
 from .schedules import ScheduleCallback
-from .task_loss import TaskLoss
-from .terms import Terms
-from .training_arguments import RegularizedTrainingArguments
+from .training.adapter_losses import adapter_losses, muted
+from .training.arguments import RegularizedTrainingArguments
+from .training.callback import RegularizationCallback
+from .training.combinations import refuse_combinations
+from .training.loss_scale import penalty_factor
+from .training.penalty_terms import PenaltyTerms
+from .training.task_loss import TaskLoss
+from .training.terms import Terms
 
 
 __all__ = ["RegularizedTrainer", "RegularizerMixin"]
@@ -47,7 +47,8 @@ class RegularizerMixin(_Base):
 
     The loss of a micro-batch is the task's plus `weight * schedule * penalty` for each penalty, scaled so that the
     gradient of a step is that of its whole batch at once, however it is cut into micro-batches and processes
-    (`hf_reg/loss_scale.py`). Logs show every term as `loss_<name>`; they sum to `loss`. `eval_loss` is the task alone.
+    (`hf_reg/training/loss_scale.py`). Logs show every term as `loss_<name>`; they sum to `loss`. `eval_loss` is the
+    task alone.
 
     Raises:
         `ValueError`: for what cannot be combined. `RuntimeError`: for a launch that is not what was asked for.

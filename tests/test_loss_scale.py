@@ -9,8 +9,8 @@ import torch
 from torch import nn
 
 from hf_reg.distributed import data_parallel, named_whole_parameters, seed_rank, whole
-from hf_reg.loss_scale import count_items, divides_by_items, evaluating, item_weight, penalty_factor
-from hf_reg.terms import Terms
+from hf_reg.training.loss_scale import count_items, divides_by_items, evaluating, item_weight, penalty_factor
+from hf_reg.training.terms import Terms
 
 from .distributed.heads import HEADS, make, rows
 

@@ -8,7 +8,7 @@ from typing import Any
 import torch
 from torch import nn
 
-from .base import Penalty
+from ..base import Penalty
 from .teacher import Teacher
 
 

@@ -9,7 +9,7 @@ from typing import Any
 from torch import nn
 from transformers import TrainingArguments
 
-from .base import Patch, Penalty
+from ..base import Patch, Penalty
 
 
 __all__ = ["refuse_combinations"]

@@ -6,7 +6,7 @@ from dataclasses import dataclass, field
 
 from transformers import TrainingArguments
 
-from .base import check_choice
+from ..base import check_choice
 
 
 __all__ = ["RegularizedArguments", "RegularizedTrainingArguments"]
@@ -50,7 +50,7 @@ class RegularizedArguments:
     )
 
     def check_regularization(self) -> None:
-        from .recipes import read_recipe
+        from ..recipes import read_recipe
 
         owner = type(self).__name__
         check_choice(owner, "on_nonfinite", self.on_nonfinite, ON_NONFINITE)

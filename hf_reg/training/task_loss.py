@@ -10,7 +10,7 @@ from accelerate import Accelerator
 from torch import nn
 from transformers.utils import logging
 
-from .distributed import data_parallel
+from ..distributed import data_parallel
 from .loss_scale import count_items, divides_by_items, item_weight
 
 

@@ -8,11 +8,11 @@ from typing import TYPE_CHECKING, Any
 from safetensors.torch import load_file, save_file
 from transformers import TrainerCallback
 
-from .distributed import data_parallel, seed_rank
+from ..distributed import data_parallel, seed_rank
 
 
 if TYPE_CHECKING:
-    from .trainer import RegularizerMixin
+    from ..trainer import RegularizerMixin
 
 __all__ = ["RegularizationCallback"]
 

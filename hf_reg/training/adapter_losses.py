@@ -9,9 +9,9 @@ from typing import Any
 import torch
 from torch import nn
 
-from .base import Penalty
-from .distributed import whole
-from .penalties import orthonormality
+from ..base import Penalty
+from ..distributed import whole
+from ..penalties import orthonormality
 
 
 __all__ = ["adapter_losses", "muted"]
