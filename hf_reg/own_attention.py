@@ -12,7 +12,6 @@ Two ways, both by hooks on the attention module (nothing is replaced, nothing ru
 
 from __future__ import annotations
 
-import re
 from collections.abc import Callable, Collection
 from typing import TYPE_CHECKING, Any
 
@@ -20,52 +19,19 @@ import torch
 from torch import nn
 from torch.nn import functional as F
 from torch.overrides import TorchFunctionMode
-from transformers.modeling_utils import PreTrainedModel
 
 from .masks import TokenView, narrow_scores
-from .sites import class_names, count_heads
+from .sites import count_heads
 
 
 if TYPE_CHECKING:
     from .seams import AttentionSeam
 
 
-__all__ = ["SeamHook", "connect", "disconnect", "reach"]
+__all__ = ["SeamHook", "connect", "disconnect"]
 
-MASK_ARGUMENT = ("DisentangledSelfAttention",)
-NAME = re.compile(r"attention|attn", re.IGNORECASE)
-# Auto-correlation, chunked or sliding scores: nothing of the shape (B, H, Tq, Tk) to find a mask or a head in.
-OTHER_SHAPES = (
-    "AutoformerAttention",
-    "Gemma3nAudioAttention",
-    "Gemma4AudioAttention",
-    "HieraMaskUnitAttention",
-    "LongformerSelfAttention",
-)
-# What an attention module that computes attention by itself refers to; the last one, without `get_interface`, is a
-# look-up that passes the interface by (Kosmos-2.5).
-ARITHMETIC = (
-    "softmax",
-    "Softmax",
-    "scaled_dot_product_attention",
-    "multi_head_attention_forward",
-    "ALL_ATTENTION_FUNCTIONS",
-)
 SOFTMAX = (F.softmax, torch.softmax, torch.Tensor.softmax)
 _running: list[_Operations] = []
-
-
-def reach(module: nn.Module) -> str | None:
-    """How an attention module outside the interface can be reached; None if it cannot, or is none."""
-    name = type(module).__name__
-    if name in MASK_ARGUMENT:
-        return "mask_argument"
-    if isinstance(module, (PreTrainedModel, nn.MultiheadAttention)) or name in OTHER_SHAPES or not NAME.search(name):
-        return None
-    names = class_names(type(module))  # type: ignore[arg-type]
-    if names.isdisjoint(ARITHMETIC) or count_heads(module) is None:
-        return None
-    return "operations"
 
 
 class SeamHook:

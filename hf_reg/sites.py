@@ -18,6 +18,25 @@ __all__ = ["AttentionSite", "find_attention", "find_uncovered"]
 
 CROSS = re.compile(r"cross|encoder_?attn|EncDec|encoder_decoder_attention", re.IGNORECASE)
 OWN = re.compile(r"attention|attn|mamba|deltanet|mixer2?$|rwkv|lightning|recurrent|longconv", re.IGNORECASE)
+MASK_ARGUMENT = ("DisentangledSelfAttention",)
+NAME = re.compile(r"attention|attn", re.IGNORECASE)
+# Auto-correlation, chunked or sliding scores: nothing of the shape (B, H, Tq, Tk) to find a mask or a head in.
+OTHER_SHAPES = (
+    "AutoformerAttention",
+    "Gemma3nAudioAttention",
+    "Gemma4AudioAttention",
+    "HieraMaskUnitAttention",
+    "LongformerSelfAttention",
+)
+# What an attention module that computes attention by itself refers to; the last one, without `get_interface`, is a
+# look-up that passes the interface by (Kosmos-2.5).
+ARITHMETIC = (
+    "softmax",
+    "Softmax",
+    "scaled_dot_product_attention",
+    "multi_head_attention_forward",
+    "ALL_ATTENTION_FUNCTIONS",
+)
 
 
 @dataclass(frozen=True)
@@ -81,6 +100,19 @@ def uses_interface(module: nn.Module) -> bool:
     )
 
 
+def reach(module: nn.Module) -> str | None:
+    """How an attention module outside the interface can be reached; None if it cannot, or is none."""
+    name = type(module).__name__
+    if name in MASK_ARGUMENT:
+        return "mask_argument"
+    if isinstance(module, (PreTrainedModel, nn.MultiheadAttention)) or name in OTHER_SHAPES or not NAME.search(name):
+        return None
+    names = class_names(type(module))  # type: ignore[arg-type]
+    if names.isdisjoint(ARITHMETIC) or count_heads(module) is None:
+        return None
+    return "operations"
+
+
 def takes_argument(module: nn.Module, *names: str) -> bool:
     return not set(names).isdisjoint(inspect.signature(module.forward).parameters)
 
@@ -133,8 +165,6 @@ def _layer_key(path: str, lists: dict[str, nn.ModuleList]) -> tuple[str, ...]:
 
 def find_attention(model: nn.Module) -> list[AttentionSite]:
     """Every attention module of `model` that can be patched, in the order of `named_modules`."""
-    from .own_attention import reach
-
     lists = _layer_lists(model)
     pretrained = {
         name: type(module).__name__ for name, module in model.named_modules() if isinstance(module, PreTrainedModel)
