@@ -2,11 +2,8 @@
 
 from __future__ import annotations
 
-import io
 from dataclasses import dataclass, fields
-from typing import Any
 
-from rich.console import Console
 from rich.table import Table
 from torch import nn
 
@@ -14,6 +11,7 @@ from .base import Gate, Patch
 from .patching import unwrap
 from .seams import SEAM
 from .sites import AttentionSite, find_attention, find_uncovered
+from .tables import Shown
 
 
 __all__ = ["Description", "Row", "describe"]
@@ -34,7 +32,7 @@ class Row:
 
 
 @dataclass(frozen=True)
-class Description:
+class Description(Shown):
     """What `describe` found. `print` it for a table; a notebook shows it as HTML.
 
     Args:
@@ -63,17 +61,6 @@ class Description:
             names = ", ".join(f"{count} x {name}" for name, count in self.uncovered.items())
             lines.append(f"Out of reach, runs unregularized: {names}.")
         return "\n".join(lines)
-
-    def _render(self, **options: Any) -> Console:
-        console = Console(record=True, file=io.StringIO(), **options)
-        console.print(self._table())
-        return console
-
-    def __str__(self) -> str:
-        return self._render(width=120).export_text(styles=False).rstrip("\n")
-
-    def _repr_html_(self) -> str:
-        return self._render(width=140).export_html(inline_styles=True, code_format="<pre>{code}</pre>")
 
 
 def _settings(patch: Patch) -> str:
