@@ -188,7 +188,15 @@ class RegularizerMixin(_Base):
     # steps that are not finite
 
     def training_step(self, model: nn.Module, *args: Any, **kwargs: Any) -> torch.Tensor:
-        loss = super().training_step(model, *args, **kwargs)
+        try:
+            loss = super().training_step(model, *args, **kwargs)
+        except RuntimeError as error:
+            if "ready only once" in str(error) and not self._penalties.on_outputs_only:
+                raise RuntimeError(
+                    "DDP took a parameter for unused that a penalty uses although the forward does not. Narrow the "
+                    "penalty's scope, or set ddp_find_unused_parameters=False if it covers all such parameters."
+                ) from error
+            raise
         if self.accelerator.sync_gradients and self._finite:
             self._check_finite(model)
         return loss

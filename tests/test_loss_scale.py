@@ -48,7 +48,7 @@ def test_models_are_asked_whether_they_divide(head: str) -> None:
     model.eval_only = nn.Dropout().eval()
     batch = {key: torch.stack([row[key] for row in rows(head)]) for key in rows(head)[0]}
     state = torch.get_rng_state()
-    assert divides_by_items(model, batch) is (head == "tokens/llama")
+    assert divides_by_items(model, batch) is (head in ("tokens/llama", "lora/llama"))
     assert torch.equal(state, torch.get_rng_state())
     assert (
         model.training

@@ -38,6 +38,11 @@ class PenaltyTerms:
         """Whether any penalty looks at the model's outputs."""
         return not all(penalty.ON_PARAMETERS for penalty in self.penalties)
 
+    @property
+    def on_outputs_only(self) -> bool:
+        """Whether no penalty looks at parameters by itself."""
+        return not any(penalty.ON_PARAMETERS for penalty in self.penalties)
+
     def request(self, inputs: Mapping[str, Any]) -> dict[str, bool]:
         """Arguments for the model, so that its outputs hold what the penalties need."""
         wanted = (f"output_{name}" for name in ("hidden_states", "attentions") if name in self.needs)

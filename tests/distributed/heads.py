@@ -42,14 +42,19 @@ HEADS: dict[str, tuple[str, str, dict[str, Any]]] = {  # what is predicted: clas
     "spans/bert": ("BertForQuestionAnswering", "bert", BERT | {"num_labels": 2}),
     "tokens/t5": ("T5ForConditionalGeneration", "t5", T5),
     "tokens/llama": ("LlamaForCausalLM", "llama", LLAMA),
+    "lora/llama": ("LlamaForCausalLM", "llama", LLAMA),
 }
 
 
 def make(head: str) -> nn.Module:
     name, kind, settings = HEADS[head]
     torch.manual_seed(0)
-    config = transformers.AutoConfig.for_model(kind, **settings)
-    return getattr(transformers, name)(config)
+    model = getattr(transformers, name)(transformers.AutoConfig.for_model(kind, **settings))
+    if not head.startswith("lora"):
+        return model
+    from peft import LoraConfig, get_peft_model
+
+    return get_peft_model(model, LoraConfig(r=2, target_modules="all-linear", init_lora_weights=False))
 
 
 def rows(head: str, count: int = ROWS) -> list[dict[str, torch.Tensor]]:
@@ -142,8 +147,17 @@ if __name__ == "__main__":
         for accumulation in (1, 2):
             for penalties in (None, {"weights": (WEIGHT, weight_penalty)}):
                 per_device = ROWS // world // accumulation
-                results[name, accumulation, penalties is not None] = gradients(
+                results[name, accumulation, penalties is not None, False] = gradients(
                     name, per_device, accumulation, penalties
                 )[0]
+    for name in ("lora/llama", "classes/bert"):
+        found = gradients(
+            name,
+            ROWS // world // 2,
+            2,
+            {"weights": (WEIGHT, weight_penalty)},
+            arguments={"gradient_checkpointing": True},
+        )[0]
+        results[name, 2, True, True] = found
     if int(os.environ["RANK"]) == 0:
         torch.save(results, folder / "gradients.pt")

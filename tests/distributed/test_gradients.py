@@ -57,6 +57,8 @@ def test_the_other_loss_paths(accumulation: int) -> None:
 
 def test_two_processes(tmp_path: Path) -> None:
     launch("tests.distributed.heads", str(tmp_path))
-    for (head, accumulation, penalized), found in torch.load(tmp_path / "gradients.pt").items():
+    results = torch.load(tmp_path / "gradients.pt")
+    assert len(results) == 4 * len(HEADS) + 2
+    for (head, accumulation, penalized, checkpointed), found in results.items():
         wanted = expected(head, weight=WEIGHT if penalized else 0.0)
-        assert difference(found, wanted) < 1e-6, (head, accumulation, penalized)
+        assert difference(found, wanted) < 1e-6, (head, accumulation, penalized, checkpointed)

@@ -136,3 +136,12 @@ def test_a_launch_that_is_not_what_was_asked_for_is_refused(
     done = run([*command, "-m", "tests.distributed.refused", str(tmp_path)], **settings)
     assert done.returncode != 0 and text in done.stdout + done.stderr, done.stdout[-500:] + done.stderr[-3000:]
     assert not list(tmp_path.iterdir()), "something was written"
+
+
+@pytest.mark.slow
+def test_a_parameter_that_only_a_penalty_uses(tmp_path: Path) -> None:
+    command = ["torch.distributed.run", "--standalone", "--nproc_per_node", "2", "-m", "tests.distributed.refused"]
+    done = run([*command, str(tmp_path)], UNUSED="find")
+    assert done.returncode != 0 and "set ddp_find_unused_parameters=False" in done.stderr, done.stderr[-2000:]
+    done = run([*command, str(tmp_path)], UNUSED="all")
+    assert done.returncode == 0, done.stderr[-3000:]
