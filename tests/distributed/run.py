@@ -26,6 +26,14 @@ PARAMETER_PENALTIES: dict[str, dict[str, Any]] = {
     "orthonormality": {"weight": 0.1, "scope": "*query.weight"},
     "frobenius_decay": {"weight": 0.1, "kind": ["qk", "ov"]},
 }
+ZERO3 = {
+    "deepspeed": {
+        "zero_optimization": {"stage": 3, "stage3_gather_16bit_weights_on_model_save": True,
+                              "stage3_param_persistence_threshold": 0},
+        "train_micro_batch_size_per_gpu": "auto", "gradient_accumulation_steps": "auto", "gradient_clipping": "auto",
+        "zero_allow_untested_optimizer": True, "zero_force_ds_cpu_optimizer": False,
+    }
+}  # fmt: skip
 RANK = int(os.environ.get("RANK", "0"))
 
 
@@ -109,6 +117,7 @@ if __name__ == "__main__":
     parser.add_argument("--kill", type=int, default=0)
     parser.add_argument("--resume", action="store_true")
     parser.add_argument("--sharded", action="store_true")
+    parser.add_argument("--zero3", action="store_true")
     parser.add_argument("--seed", type=int, default=42)
     options = parser.parse_args()
     chosen: dict[str, Any] = {}
@@ -116,6 +125,8 @@ if __name__ == "__main__":
         from .fsdp_on_cpu import FSDP2
 
         chosen = dict(FSDP2)
+    if options.zero3:
+        chosen = dict(ZERO3)
     if options.what == "penalties":
         sharded_penalties(options.folder, chosen)
     elif options.what == "masks":

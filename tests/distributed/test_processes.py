@@ -35,6 +35,16 @@ def same_run(a: Path, b: Path) -> None:
         assert torch.equal(x, y), name
 
 
+def nearly_same_run(a: Path, b: Path) -> None:
+    for x, y in zip(history(a), history(b), strict=True):
+        assert x == pytest.approx(y, rel=1e-5)
+    found, wanted = weights(a), weights(b)
+    assert found.keys() == wanted.keys()
+    for name in wanted:
+        if not name.endswith("key.bias"):  # softmax cancels it: its gradient is rounding, which Adam makes large
+            assert torch.allclose(found[name], wanted[name], atol=1e-5), name
+
+
 @pytest.mark.parametrize("processes", [pytest.param(1, marks=pytest.mark.slow), 2])
 def test_a_killed_run_resumes_as_if_nothing_had_happened(tmp_path: Path, processes: int) -> None:
     """40 rows are 10 steps an epoch on one process and 5 on two; the run dies at step 5 or 8, saved at 3 or 6."""
@@ -94,8 +104,15 @@ def test_penalties_on_parameters(tmp_path: Path, sharded: bool) -> None:
 def test_a_sharded_run_saves_what_one_process_saves(tmp_path: Path) -> None:
     launch(RUN, "train", str(tmp_path / "sharded"), "--sharded", "--steps", "3")
     launch(RUN, "train", str(tmp_path / "whole"), "--steps", "3")
-    a, b = weights(tmp_path / "sharded"), weights(tmp_path / "whole")
-    assert a.keys() == b.keys() and all(torch.allclose(a[name], b[name], atol=1e-5) for name in a)
+    nearly_same_run(tmp_path / "sharded", tmp_path / "whole")
+
+
+@pytest.mark.slow
+def test_zero3_trains_what_one_process_trains(tmp_path: Path) -> None:
+    pytest.importorskip("deepspeed", reason="deepspeed is not installed: pip install deepspeed")
+    launch(RUN, "train", str(tmp_path / "zero3"), "--zero3", "--steps", "3")
+    launch(RUN, "train", str(tmp_path / "whole"), "--steps", "3")
+    nearly_same_run(tmp_path / "zero3", tmp_path / "whole")
 
 
 @pytest.mark.slow
