@@ -48,7 +48,8 @@ class RegularizerMixin(_Base):
     The loss of a micro-batch is the task's plus `weight * schedule * penalty` for each penalty, scaled so that the
     gradient of a step is that of its whole batch at once, however it is cut into micro-batches and processes
     (`hf_reg/training/loss_scale.py`). Logs show every term as `loss_<name>`; they sum to `loss`. `eval_loss` is the
-    task alone.
+    task alone. A resumed run goes on exactly, unless the data collator draws from torch's global random stream:
+    `Trainer` collates the first batches before it restores that, so seed such a collator from its examples.
 
     Raises:
         `ValueError`: for what cannot be combined. `RuntimeError`: for a launch that is not what was asked for.
@@ -97,6 +98,8 @@ class RegularizerMixin(_Base):
 
     def call_model_init(self, trial: Any = None) -> nn.Module:
         model = super().call_model_init(trial)
+        if hasattr(self, "_penalties"):  # a further trial of a hyper-parameter search
+            self._penalties.prepare(model)
         return patch_model(model, self._patches) if self._patches else model
 
     def _load_from_checkpoint(self, resume_from_checkpoint: str, *args: Any, **kwargs: Any) -> None:

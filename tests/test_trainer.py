@@ -185,6 +185,18 @@ def test_a_step_that_is_not_finite_can_be_skipped() -> None:
     assert all(parameter.isfinite().all() for parameter in made.model.parameters())
 
 
+def test_every_model_of_a_search_is_patched_and_anchored() -> None:
+    made = RegularizedTrainer(
+        model_init=lambda: make("classes/bert"), args=arguments(max_steps=2), train_dataset=rows("classes/bert"),
+        patches="tlm", penalties={"l2_sp": 1.0},
+    )  # fmt: skip
+    first = made.model
+    for _ in range(2):
+        made.train()
+        assert list(gates(made.model)) and logs(made)[-2]["loss_l2_sp"] == pytest.approx(0, abs=1e-3)
+    assert made.model is not first
+
+
 def test_gradient_shares() -> None:
     made = trainer(penalties={"weights": (WEIGHT, weight_penalty)}, gradient_shares=True)
     made.train()

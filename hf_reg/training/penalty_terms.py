@@ -29,7 +29,12 @@ class PenaltyTerms:
     def __init__(self, penalties: Sequence[Penalty], model: nn.Module, teacher: nn.Module | None = None) -> None:
         self.penalties = list(penalties)
         self.needs = frozenset[str]().union(*(penalty.NEEDS for penalty in self.penalties))
-        self.teacher = Teacher(model, teacher) if "teacher" in self.needs else None
+        self._own_teacher = teacher
+        self.prepare(model)
+
+    def prepare(self, model: nn.Module) -> None:
+        """Start anew from `model`, untrained: anchors and teacher are taken from it."""
+        self.teacher = Teacher(model, self._own_teacher) if "teacher" in self.needs else None
         for penalty in self.penalties:
             penalty.prepare(model)
 
