@@ -12,10 +12,11 @@ from typing import Any
 import torch
 from torch.nn.functional import pad
 
+from .base import check_choice
 from .masks import BlockView, TokenView
 
 
-__all__ = ["HIDE", "hide_tokens", "hide_tokens_by_rows", "token_mask_mod"]
+__all__ = ["HIDE", "hide_tokens", "hide_tokens_by_rows", "token_level_mask", "token_mask_mod"]
 
 HIDE = ("selected", "siblings", "none")
 ONES = 0x0101010101010101  # eight times True
@@ -26,6 +27,36 @@ def _columns(selected: torch.Tensor, self_masked: torch.Tensor, hide: str) -> to
     if hide == "selected":
         return selected
     return selected & ~self_masked if hide == "siblings" else torch.zeros_like(selected)
+
+
+def token_level_mask(
+    allowed: torch.Tensor, selected: torch.Tensor, self_masked: torch.Tensor, *, hide: str = "selected"
+) -> torch.Tensor:
+    """Combine an attention mask with token-level masking (arXiv 2310.18738, section 3).
+
+    A selected token attends to itself only (siblings-masking) or to everything but itself (self-masking); a row that
+    is not selected loses the columns named by `hide`. The result is never more than `allowed`, and a row that would
+    lose its last key keeps the keys it had.
+
+    Args:
+        allowed (`torch.BoolTensor` of shape `(B, 1 | H, Tq, Tk)` or `(B, Tq, Tk)`):
+            What the model's own mask permits, True = may attend. The queries are the last `Tq` of the `Tk` keys.
+        selected (`torch.BoolTensor` of shape `(B, Tk)`):
+            The tokens that are masked: real ones, and no cached or prefix keys.
+        self_masked (`torch.BoolTensor` of shape `(B, Tk)`):
+            Those of them that are self-masked; the others are siblings-masked.
+        hide (`str`, *optional*, defaults to `"selected"`):
+            Columns that ordinary rows lose: `"selected"` (the authors' code), `"siblings"` (only siblings-masked
+            tokens) or `"none"`.
+
+    Returns:
+        `torch.BoolTensor` of the shape of `allowed` (broadcast to the batch of `selected`).
+
+    Raises:
+        `ValueError`: for an unknown `hide`, or shapes that do not fit.
+    """
+    check_choice("token_level_mask", "hide", hide, HIDE)
+    return hide_tokens(allowed, selected, self_masked, hide)
 
 
 def hide_tokens(allowed: torch.Tensor, selected: torch.Tensor, self_masked: torch.Tensor, hide: str) -> torch.Tensor:

@@ -10,52 +10,12 @@ import torch
 from torch import nn
 
 from hf_reg.base import Patch, RateGate, check_choice, check_range
+from hf_reg.head_scales import RESCALE, drop_heads, head_scales, keep_heads
 from hf_reg.sites import AttentionSite
 from hf_reg.skipping import attend_kept, connect_projections
 
 
 __all__ = ["DropHead", "drop_heads", "keep_heads"]
-
-
-def keep_heads(batch: int, heads: int, p: torch.Tensor | float, device: torch.device | str = "cpu") -> torch.Tensor:
-    """Draw which heads stay, (batch, heads) bool: each is dropped with probability `p`, independently.
-
-    The head with the largest number always stays, so no row is empty: where every head was dropped that is one of
-    them, uniformly at random; elsewhere it had been kept anyway.
-    """
-    noise = torch.rand(batch, heads, device=device)
-    return (noise >= p) | (noise == noise.amax(-1, keepdim=True))
-
-
-def _scales(keep: torch.Tensor, rescale: str, p: torch.Tensor | float | None) -> torch.Tensor:
-    keep = keep.to(torch.float32)
-    if rescale == "kept":
-        return keep * (keep.shape[-1] / keep.sum(-1, keepdim=True).clamp(min=1))
-    if p is None:
-        raise ValueError("rescale='expectation' divides by 1 - p; pass p.")
-    return keep / (1 - p)
-
-
-def drop_heads(
-    heads: torch.Tensor, keep: torch.Tensor, *, rescale: str = "kept", p: torch.Tensor | float | None = None
-) -> torch.Tensor:
-    """Zero the heads that are not kept and rescale the others (arXiv 2004.13342, algorithm 1).
-
-    Args:
-        heads (`torch.Tensor` of shape `(B, T, H, D)`): the output of each head, before the output projection.
-        keep (`torch.BoolTensor` of shape `(B, H)`): the heads that stay.
-        rescale (`str`, *optional*, defaults to `"kept"`):
-            `"kept"`: times (number of heads) / (number kept), so that the mean over draws is the undropped output
-            given that a head stays; `"expectation"`: divided by 1 - p, as in ordinary dropout.
-        p (`float`, *optional*): the drop probability, needed for `"expectation"`.
-
-    Raises:
-        `ValueError`: for an unknown `rescale`, a missing `p` or shapes that do not fit.
-    """
-    check_choice("drop_heads", "rescale", rescale, DropHead.RESCALE)
-    if heads.dim() != 4 or keep.shape != (heads.shape[0], heads.shape[2]):
-        raise ValueError(f"heads {tuple(heads.shape)}, keep {tuple(keep.shape)}: expected (B, T, H, D) and (B, H).")
-    return heads * _scales(keep, rescale, p).to(heads.dtype)[:, None, :, None]
 
 
 @dataclass(frozen=True)
@@ -88,7 +48,6 @@ class DropHead(Patch):
     acts_on: ClassVar[str] = "attention of the chosen kind with several heads"
     rate_field: ClassVar[str] = "p"
     GRANULARITY: ClassVar[tuple[str, ...]] = ("example", "batch")
-    RESCALE: ClassVar[tuple[str, ...]] = ("kept", "expectation")
     ATTENTION: ClassVar[tuple[str, ...]] = ("all", "self", "cross")
 
     p: float = 0.2
@@ -100,7 +59,7 @@ class DropHead(Patch):
     def __post_init__(self) -> None:
         check_range("drophead", "p", self.p, 0, 1)
         check_choice("drophead", "granularity", self.granularity, self.GRANULARITY)
-        check_choice("drophead", "rescale", self.rescale, self.RESCALE)
+        check_choice("drophead", "rescale", self.rescale, RESCALE)
         check_choice("drophead", "attention", self.attention, self.ATTENTION)
         if self.skip and self.granularity != "batch":
             raise ValueError("drophead: skip=True leaves heads out for the whole batch; it needs granularity='batch'.")
@@ -145,11 +104,11 @@ class DropHeadGate(RateGate):
     def scales(self, batch: int, heads: int, device: torch.device) -> torch.Tensor | None:
         if not self.patch.skip:
             rows = batch if self.patch.granularity == "example" else 1
-            return _scales(keep_heads(rows, heads, self.rate, device), self.patch.rescale, self.rate)
+            return head_scales(keep_heads(rows, heads, self.rate, device), self.patch.rescale, self.rate)
         if not torch.compiler.is_compiling():
             return None  # done by `wrap`
         keep = keep_heads(1, self.groups, self.rate, device).repeat_interleave(heads // self.groups, dim=1)
-        return _scales(keep, self.patch.rescale, self.rate)
+        return head_scales(keep, self.patch.rescale, self.rate)
 
     def draw_groups(self) -> torch.Tensor:
         """The key/value groups to compute. Drawn on the host, which has to know them before it launches anything."""

@@ -13,40 +13,10 @@ from hf_reg.base import Patch, RateGate, check_choice, check_range
 from hf_reg.masks import BlockView, TokenView, refuse_backend
 from hf_reg.sites import AttentionSite
 from hf_reg.sparing import spare_tokens, takes_ids
-from hf_reg.token_masks import HIDE, hide_tokens, hide_tokens_by_rows, token_mask_mod
+from hf_reg.token_masks import HIDE, hide_tokens, hide_tokens_by_rows, token_level_mask, token_mask_mod
 
 
 __all__ = ["TLM", "token_level_mask"]
-
-
-def token_level_mask(
-    allowed: torch.Tensor, selected: torch.Tensor, self_masked: torch.Tensor, *, hide: str = "selected"
-) -> torch.Tensor:
-    """Combine an attention mask with token-level masking (arXiv 2310.18738, section 3).
-
-    A selected token attends to itself only (siblings-masking) or to everything but itself (self-masking); a row that
-    is not selected loses the columns named by `hide`. The result is never more than `allowed`, and a row that would
-    lose its last key keeps the keys it had.
-
-    Args:
-        allowed (`torch.BoolTensor` of shape `(B, 1 | H, Tq, Tk)` or `(B, Tq, Tk)`):
-            What the model's own mask permits, True = may attend. The queries are the last `Tq` of the `Tk` keys.
-        selected (`torch.BoolTensor` of shape `(B, Tk)`):
-            The tokens that are masked: real ones, and no cached or prefix keys.
-        self_masked (`torch.BoolTensor` of shape `(B, Tk)`):
-            Those of them that are self-masked; the others are siblings-masked.
-        hide (`str`, *optional*, defaults to `"selected"`):
-            Columns that ordinary rows lose: `"selected"` (the authors' code), `"siblings"` (only siblings-masked
-            tokens) or `"none"`.
-
-    Returns:
-        `torch.BoolTensor` of the shape of `allowed` (broadcast to the batch of `selected`).
-
-    Raises:
-        `ValueError`: for an unknown `hide`, or shapes that do not fit.
-    """
-    check_choice("token_level_mask", "hide", hide, HIDE)
-    return hide_tokens(allowed, selected, self_masked, hide)
 
 
 @dataclass(frozen=True)
