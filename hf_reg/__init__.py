@@ -6,6 +6,9 @@ from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
     from .describe import describe
+    from .dropout import set_dropout
+    from .early_stopping import early_stopping
+    from .overfit import diagnose
     from .patching import patch_model, patched, unpatch_model
     from .trainer import RegularizedTrainer, RegularizerMixin
     from .training.arguments import RegularizedTrainingArguments
@@ -14,6 +17,9 @@ __version__ = "0.1.0"
 
 _HOME = {
     "describe": "describe",
+    "diagnose": "overfit",
+    "early_stopping": "early_stopping",
+    "set_dropout": "dropout",
     "patch_model": "patching",
     "patched": "patching",
     "unpatch_model": "patching",
@@ -22,8 +28,8 @@ _HOME = {
     "RegularizedTrainingArguments": "training.arguments",
 }
 __all__ = [
-    "RegularizedTrainer", "RegularizedTrainingArguments", "RegularizerMixin", "describe", "patch_model", "patched",
-    "unpatch_model",
+    "RegularizedTrainer", "RegularizedTrainingArguments", "RegularizerMixin", "describe", "diagnose", "early_stopping",
+    "patch_model", "patched", "set_dropout", "unpatch_model",
 ]  # fmt: skip
 
 

@@ -138,13 +138,13 @@ def count_groups(module: nn.Module) -> int | None:
     return heads
 
 
-def _layer_lists(model: nn.Module) -> dict[str, nn.ModuleList]:
+def layer_lists(model: nn.Module) -> dict[str, nn.ModuleList]:
     return {
         name: module for name, module in model.named_modules() if isinstance(module, nn.ModuleList) and len(module)
     }
 
 
-def _layer_key(path: str, lists: dict[str, nn.ModuleList]) -> tuple[str, ...]:
+def layer_key(path: str, lists: dict[str, nn.ModuleList]) -> tuple[str, ...]:
     """The path of the layer that holds `path`: the names of the lists' elements from the outermost to the one taken.
 
     The innermost list of like modules is the list of layers (Swin: the blocks of a stage); a list of unlike modules,
@@ -165,7 +165,7 @@ def _layer_key(path: str, lists: dict[str, nn.ModuleList]) -> tuple[str, ...]:
 
 def find_attention(model: nn.Module) -> list[AttentionSite]:
     """Every attention module of `model` that can be patched, in the order of `named_modules`."""
-    lists = _layer_lists(model)
+    lists = layer_lists(model)
     pretrained = {
         name: type(module).__name__ for name, module in model.named_modules() if isinstance(module, PreTrainedModel)
     }
@@ -185,7 +185,7 @@ def find_attention(model: nn.Module) -> list[AttentionSite]:
     rows = []
     for path, module, kind in found:
         submodel = max((name for name in pretrained if not name or path.startswith(f"{name}.")), key=len, default="")
-        key = _layer_key(path, lists) or (path,)
+        key = layer_key(path, lists) or (path,)
         order = numbered.setdefault(submodel, {})
         order.setdefault(key, len(order))
         if len(key) == 1 and key[0] != path:  # one plain list: the index users see in the model is the layer's number
