@@ -5,20 +5,20 @@ from typing import TYPE_CHECKING, Any
 
 
 if TYPE_CHECKING:
-    from .describe import describe
+    from .description import describe
     from .dropout import set_dropout
-    from .early_stopping import early_stopping
     from .overfit import diagnose
     from .patching import patch_model, patched, unpatch_model
+    from .stopping import early_stopping
     from .trainer import RegularizedTrainer, RegularizerMixin
     from .training.arguments import RegularizedTrainingArguments
 
 __version__ = "0.1.0"
 
 _HOME = {
-    "describe": "describe",
+    "describe": "description",
     "diagnose": "overfit",
-    "early_stopping": "early_stopping",
+    "early_stopping": "stopping",
     "set_dropout": "dropout",
     "patch_model": "patching",
     "patched": "patching",

@@ -10,7 +10,7 @@ import torch
 from transformers import EarlyStoppingCallback, Trainer, TrainingArguments
 
 from hf_reg import RegularizedTrainer, RegularizedTrainingArguments
-from hf_reg.early_stopping import early_stopping
+from hf_reg.stopping import early_stopping
 
 from .distributed.heads import make, rows
 

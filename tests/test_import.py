@@ -5,6 +5,9 @@ from __future__ import annotations
 import statistics
 import subprocess
 import sys
+from pathlib import Path
+
+import hf_reg
 
 
 def seconds(statement: str) -> float:
@@ -27,3 +30,10 @@ after = dict(vars(m.AttentionInterface)), dict(m.AttentionInterface._global_mapp
 assert before == after
 """
     subprocess.run([sys.executable, "-c", code], check=True)
+
+
+def test_no_module_hides_a_public_name() -> None:
+    """`import hf_reg.x` sets the attribute x of the package, which would stand before a function of that name."""
+    modules = {path.stem for path in Path(hf_reg.__file__).parent.iterdir()}
+    assert not modules & set(hf_reg.__all__)
+    assert all(callable(getattr(hf_reg, name)) for name in hf_reg.__all__)
