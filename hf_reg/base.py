@@ -230,7 +230,14 @@ class Penalty:
     NAME: ClassVar[str] = ""
     NEEDS: ClassVar[frozenset[str]] = frozenset()  # of NEEDED: what `outputs` has to hold beside the loss
     ON_PARAMETERS: ClassVar[bool] = False  # looks at parameters only: the same for every micro-batch of a step
-    NEEDED: ClassVar[tuple[str, ...]] = ("logits", "hidden_states", "attentions", "teacher", "second_pass")
+    NEEDED: ClassVar[tuple[str, ...]] = (
+        "logits",
+        "hidden_states",
+        "attentions",
+        "teacher",
+        "second_pass",
+        "example_ids",
+    )
 
     weight: float = field(default=1.0, kw_only=True)
     schedule: Schedule | str | None = field(default=None, kw_only=True)
@@ -258,7 +265,7 @@ class Penalty:
 
         Args:
             model (`nn.Module`): the unwrapped model.
-            inputs (mapping of `str` to `torch.Tensor`): the micro-batch, labels included.
+            inputs (mapping of `str` to `torch.Tensor`): the micro-batch, labels included, and `example_ids` if needed.
             outputs ([`~transformers.utils.ModelOutput`]): of the model in this very step, with what `NEEDS` names;
                 `outputs.teacher` and `outputs.second_pass` are outputs of further forwards.
 

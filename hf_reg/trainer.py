@@ -19,6 +19,7 @@ from .training.adapter_losses import adapter_losses, muted
 from .training.arguments import RegularizedTrainingArguments
 from .training.callback import RegularizationCallback
 from .training.combinations import refuse_combinations
+from .training.example_ids import EXAMPLE_IDS, with_example_ids
 from .training.loss_scale import penalty_factor
 from .training.penalty_terms import PenaltyTerms
 from .training.task_loss import TaskLoss
@@ -67,7 +68,7 @@ class RegularizerMixin(_Base):
             refuse_combinations(
                 given, self._patches, chosen, kwargs.get("optimizers"), kwargs.get("compute_loss_func"), model
             )
-        self._terms, self._eval_terms, self._shares = Terms(), Terms(), Terms()
+        self._step_terms, self._terms, self._eval_terms, self._shares = Terms(), Terms(), Terms(), Terms()
         self._finite: dict[str, torch.Tensor] = {}
         self._logged_step, self.skipped_steps = 0, 0
         self._forwards_again = False  # whether penalties need a forward of their own
@@ -77,6 +78,8 @@ class RegularizerMixin(_Base):
         known = {penalty.name for penalty in chosen}
         chosen += [penalty for penalty in adapter_losses(bare) if penalty.name not in known]
         self._penalties = PenaltyTerms(chosen, bare, teacher)
+        if "example_ids" in self._penalties.needs and self.train_dataset is not None:
+            self.train_dataset = with_example_ids(self.train_dataset)
         self._task = TaskLoss(self.accelerator, getattr(self.args, "average_loss_over", "items"))
         self._plain_loss = super().compute_loss.__func__ is Trainer.compute_loss
         if self._patches:
@@ -102,6 +105,11 @@ class RegularizerMixin(_Base):
             self._penalties.prepare(model)
         return patch_model(model, self._patches) if self._patches else model
 
+    def _set_signature_columns_if_needed(self) -> None:
+        super()._set_signature_columns_if_needed()
+        if EXAMPLE_IDS not in self._signature_columns and "example_ids" in self._penalties.needs:
+            self._signature_columns = [*self._signature_columns, EXAMPLE_IDS]
+
     def _load_from_checkpoint(self, resume_from_checkpoint: str, *args: Any, **kwargs: Any) -> None:
         super()._load_from_checkpoint(resume_from_checkpoint, *args, **kwargs)
         self._around.load(resume_from_checkpoint)
@@ -116,10 +124,11 @@ class RegularizerMixin(_Base):
         num_items_in_batch: torch.Tensor | int | None = None,
     ) -> Any:
         batch = dict(inputs)  # the trainer below may take the labels out
+        inputs = {key: value for key, value in inputs.items() if key != EXAMPLE_IDS}
         own_loss = self.label_smoother is not None or self.compute_loss_func is not None
         asks = self._plain_loss and not own_loss and self.model_accepts_loss_kwargs
         if asks and num_items_in_batch is not None:
-            if not self._task.ask(self.bare_model, batch, self.args.gradient_accumulation_steps):
+            if not self._task.ask(self.bare_model, inputs, self.args.gradient_accumulation_steps):
                 self.model_accepts_loss_kwargs: bool = False
                 num_items_in_batch = None
         extra = self._penalties.request(inputs)
@@ -170,7 +179,7 @@ class RegularizerMixin(_Base):
         for penalty, value in values.items():
             terms[penalty.name] = value * penalty_factor(scaled, accumulation, penalty.ON_PARAMETERS)
         for name, term in terms.items():
-            self._terms.add(name, term, 1.0 if scaled else 1.0 / accumulation)
+            self._step_terms.add(name, term, 1.0 if scaled else 1.0 / accumulation)
             finite = term.detach().isfinite()
             self._finite[name] = self._finite[name] & finite if name in self._finite else finite
         if last and len(terms) > 1 and getattr(self.args, "gradient_shares", False):
@@ -202,6 +211,7 @@ class RegularizerMixin(_Base):
             raise
         if self.accelerator.sync_gradients and self._finite:
             self._check_finite(model)
+            self._terms.merge(self._step_terms)
         return loss
 
     def _check_finite(self, model: nn.Module) -> None:
@@ -214,7 +224,7 @@ class RegularizerMixin(_Base):
             return
         if getattr(self.args, "on_nonfinite", "raise") == "skip":
             self.skipped_steps += 1
-            self._terms = Terms()
+            self._step_terms.clear()
             model.zero_grad(set_to_none=True)  # without gradients an optimizer moves nothing, decay included
             return
         raise FloatingPointError(

@@ -108,6 +108,36 @@ def test_what_a_penalty_needs_is_asked_for_and_taken_away_again() -> None:
     assert predicted.predictions.shape == (ROWS, 3)  # no hidden states among the predictions
 
 
+@pytest.mark.parametrize("kind", ["list", "datasets"])
+def test_example_ids_name_the_example_whatever_the_order(kind: str) -> None:
+    import datasets
+
+    class Remembers(Penalty):
+        NAME, NEEDS = "remembers", frozenset({"logits", "example_ids"})
+
+        def __call__(self, model: nn.Module, inputs: Any, outputs: Any) -> torch.Tensor:
+            for index, ids in zip(inputs["example_ids"].tolist(), inputs["input_ids"], strict=True):
+                seen[index] = ids
+            return outputs.logits.sum() * 0
+
+    seen: dict[int, torch.Tensor] = {}
+    data: Any = rows("classes/bert")
+    if kind == "datasets":
+        data = datasets.Dataset.from_list([{key: value.tolist() for key, value in row.items()} for row in data])
+    made = RegularizedTrainer(
+        model=make("classes/bert"), args=arguments(num_train_epochs=1), train_dataset=data, eval_dataset=data,
+        penalties=[Remembers()],
+    )  # fmt: skip
+    made.train()
+    assert "eval_loss" in made.evaluate()
+    assert len(seen) == ROWS and all(
+        torch.equal(seen[i], row["input_ids"]) for i, row in enumerate(rows("classes/bert"))
+    )
+    stream = datasets.Dataset.from_list([{"input_ids": [1]}]).to_iterable_dataset()
+    with pytest.raises(ValueError, match="is a stream whose examples have no number"):
+        RegularizedTrainer(model=make("classes/bert"), args=arguments(), train_dataset=stream, penalties=[Remembers()])
+
+
 def test_patches_and_penalties_as_text(tmp_path: Path) -> None:
     recipe = tmp_path / "penalties.yaml"
     recipe.write_text("l1: 0.01\nl2: {weight: 0.1, scope: '*query*'}\n")
@@ -152,6 +182,7 @@ def test_combinations_are_refused_and_leave_the_model_alone() -> None:
         ({"gradient_checkpointing": True, "gradient_checkpointing_kwargs": {"preserve_rng_state": False}}, "preserve"),
         ({"compute_loss_func": lambda outputs, labels, **kwargs: outputs.loss}, "does not name num_items_in_batch"),
         ({"penalties": {"consistency": 1.0}}, "no adapter that could be switched off"),
+        ({"penalties": {"confidence": 1.0}, "use_liger_kernel": True}, "returns no logits, which confidence needs"),
     ]  # fmt: skip
     for settings, text in cases:
         with pytest.raises(ValueError, match=text):

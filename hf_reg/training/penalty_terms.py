@@ -9,6 +9,7 @@ import torch
 from torch import nn
 
 from ..base import Penalty
+from .example_ids import EXAMPLE_IDS
 from .teacher import Teacher
 
 
@@ -71,7 +72,10 @@ class PenaltyTerms:
         """
         due = []
         for penalty in self.penalties:
-            strength = penalty.strength(*progress) if (parameters if penalty.ON_PARAMETERS else batch) else 0.0
+            wanted = parameters if penalty.ON_PARAMETERS else batch
+            if "example_ids" in penalty.NEEDS and EXAMPLE_IDS not in inputs and not model.training:
+                wanted = False  # held-out examples have no number
+            strength = penalty.strength(*progress) if wanted else 0.0
             if strength:
                 due.append((penalty, strength))
         needs = frozenset[str]().union(*(penalty.NEEDS for penalty, _ in due))
@@ -85,11 +89,17 @@ class PenaltyTerms:
                     f"A penalty needs {name}, which {type(model).__name__} did not return. Attention probabilities "
                     "need attn_implementation='eager'; logits need a model with a head and an unfused loss."
                 )
+        if "example_ids" in needs and EXAMPLE_IDS not in inputs:
+            raise ValueError(
+                f"A penalty needs example ids, but the batch holds {sorted(inputs)}: the data collator dropped them. "
+                f"Keep the key {EXAMPLE_IDS!r} there."
+            )
+        forwarded = {key: value for key, value in inputs.items() if key != EXAMPLE_IDS}
         if "teacher" in needs:
             assert self.teacher is not None
-            object.__setattr__(outputs, "teacher", self.teacher(inputs))
+            object.__setattr__(outputs, "teacher", self.teacher(forwarded))
         if "second_pass" in needs:
-            second = model(**inputs) if model.training else outputs  # without masks both passes are one
+            second = model(**forwarded) if model.training else outputs  # without masks both passes are one
             object.__setattr__(outputs, "second_pass", second)
 
     @staticmethod

@@ -25,6 +25,16 @@ class Terms:
         self.sums[name] = self.sums[name] + value if name in self.sums else value
         self.weights[name] = self.weights.get(name, 0.0) + weight
 
+    def merge(self, other: Terms) -> None:
+        """Add everything that `other` holds, and empty it."""
+        for name, value in other.sums.items():
+            self.sums[name] = self.sums[name] + value if name in self.sums else value
+            self.weights[name] = self.weights.get(name, 0.0) + other.weights[name]
+        other.clear()
+
+    def clear(self) -> None:
+        self.sums, self.weights = {}, {}
+
     def total(self, mean_over_processes: Callable[[torch.Tensor], torch.Tensor]) -> dict[str, float]:
         """The sums, averaged over processes with one reduction, and start again."""
         return self._read(mean_over_processes, None)
@@ -45,5 +55,5 @@ class Terms:
         values = mean_over_processes(values)
         if weights is not None:
             values = values[: len(names)] / values[len(names) :]
-        self.__init__()  # type: ignore[misc]
+        self.clear()
         return dict(zip(names, values.tolist(), strict=True))

@@ -79,6 +79,11 @@ def weight_penalty(model: nn.Module, inputs: Any, outputs: Any) -> torch.Tensor:
     return sum(parameter.square().sum() for parameter in model.parameters())  # type: ignore[return-value]
 
 
+def summed(outputs: Any, labels: torch.Tensor, num_items_in_batch: Any = None) -> torch.Tensor:
+    """A `compute_loss_func`."""
+    return torch.nn.functional.cross_entropy(outputs.logits, labels, reduction="sum") / num_items_in_batch
+
+
 class Spy(TrainerCallback):
     """Keeps the gradients of every step as the optimizer finds them."""
 
@@ -101,6 +106,7 @@ def gradients(
     count: int = ROWS,
     steps: int = 1,
     arguments: dict[str, Any] | None = None,
+    takes_loss_arguments: bool = True,
     **kwargs: Any,
 ) -> list[dict[str, torch.Tensor]]:
     """The gradients of the first steps on `count` rows in order, with a learning rate of 0."""
@@ -113,8 +119,11 @@ def gradients(
     )  # fmt: skip
     if penalties is not None:
         kwargs["penalties"] = penalties
+    model = make(head)
+    if not takes_loss_arguments:
+        model.accepts_loss_kwargs = False
     made = trainer(
-        model=make(head), args=args, train_dataset=rows(head, count), callbacks=[spy],
+        model=model, args=args, train_dataset=rows(head, count), callbacks=[spy],
         optimizer_cls_and_kwargs=(torch.optim.SGD, {"lr": 0.0}), **kwargs,
     )  # fmt: skip
     made.train()
@@ -144,12 +153,23 @@ if __name__ == "__main__":
     world = int(os.environ["WORLD_SIZE"])
     results = {}
     for name in HEADS:
-        for accumulation in (1, 2):
+        for accumulation in (1, 2, 4):
             for penalties in (None, {"weights": (WEIGHT, weight_penalty)}):
                 per_device = ROWS // world // accumulation
                 results[name, accumulation, penalties is not None, False] = gradients(
                     name, per_device, accumulation, penalties
                 )[0]
+    heavy = {"weights": (WEIGHT, weight_penalty)}
+    for accumulation in (1, 4):
+        size = ROWS // world // accumulation
+        for path, (name, settings) in {
+            "function": ("classes/bert", {"compute_loss_func": summed}),
+            "smoothing": ("tokens/llama", {"arguments": {"label_smoothing_factor": 0.1}}),
+            "no arguments": ("tags/bert", {"takes_loss_arguments": False}),
+        }.items():
+            results[path, accumulation, True, False] = gradients(name, size, accumulation, heavy, **settings)[0]
+    for name in ("tags/bert", "tokens/llama"):  # 12 rows: the second window has one micro-batch a process
+        results[f"short {name}", 2, True, False] = gradients(name, 2, 2, heavy, count=12, steps=2)[1]
     for name in ("lora/llama", "classes/bert"):
         found = gradients(
             name,

@@ -8,7 +8,7 @@ import pytest
 import torch
 import transformers
 
-from .heads import HEADS, ROWS, WEIGHT, difference, expected, gradients, weight_penalty
+from .heads import HEADS, ROWS, WEIGHT, difference, expected, gradients, summed, weight_penalty
 from .launch import launch
 
 
@@ -40,9 +40,6 @@ def test_the_plain_trainer_is_wrong() -> None:
 def test_the_other_loss_paths(accumulation: int) -> None:
     """compute_loss_func, label smoothing, and a model that takes no loss arguments."""
 
-    def summed(outputs, labels, num_items_in_batch=None):
-        return torch.nn.functional.cross_entropy(outputs.logits, labels, reduction="sum") / num_items_in_batch
-
     penalties = {"weights": (WEIGHT, weight_penalty)}
     wanted = expected("classes/bert", weight=WEIGHT)
     size = ROWS // accumulation
@@ -50,15 +47,25 @@ def test_the_other_loss_paths(accumulation: int) -> None:
         difference(gradients("classes/bert", size, accumulation, penalties, compute_loss_func=summed)[0], wanted)
         < 1e-6
     )
+    bare = gradients("tags/bert", size, accumulation, penalties, takes_loss_arguments=False)[0]
+    assert difference(bare, expected("tags/bert", weight=WEIGHT)) < 1e-6
     smoothed = {"label_smoothing_factor": 0.1}
     whole = gradients("tokens/llama", ROWS, 1, penalties, arguments=smoothed)[0]
     assert difference(gradients("tokens/llama", size, accumulation, penalties, arguments=smoothed)[0], whole) < 1e-6
 
 
 def test_two_processes(tmp_path: Path) -> None:
+    penalties = {"weights": (WEIGHT, weight_penalty)}
     launch("tests.distributed.heads", str(tmp_path))
     results = torch.load(tmp_path / "gradients.pt")
-    assert len(results) == 4 * len(HEADS) + 2
+    assert len(results) == 6 * len(HEADS) + 6 + 2 + 2
+    smoothed = gradients("tokens/llama", ROWS, 1, penalties, arguments={"label_smoothing_factor": 0.1})[0]
+    paths = {
+        "function": expected("classes/bert", weight=WEIGHT), "smoothing": smoothed,
+        "no arguments": expected("tags/bert", weight=WEIGHT),
+        "short tags/bert": expected("tags/bert", slice(8, 12), 12, WEIGHT),
+        "short tokens/llama": expected("tokens/llama", slice(8, 12), 12, WEIGHT),
+    }  # fmt: skip
     for (head, accumulation, penalized, checkpointed), found in results.items():
-        wanted = expected(head, weight=WEIGHT if penalized else 0.0)
+        wanted = paths.get(head) or expected(head, weight=WEIGHT if penalized else 0.0)
         assert difference(found, wanted) < 1e-6, (head, accumulation, penalized, checkpointed)
