@@ -203,6 +203,25 @@ def test_a_step_that_is_not_finite_stops_by_name(where: str) -> None:
         made.train()
 
 
+def test_the_last_checkpoint_is_from_before_the_step_that_is_not_finite(tmp_path: Path) -> None:
+    def explodes(model: nn.Module, inputs: Any, outputs: Any) -> torch.Tensor:
+        if made.state.global_step == 2:
+            kept.update({name: value.clone() for name, value in model.state_dict().items()})
+        return outputs.logits.sum() * (math.nan if made.state.global_step == 3 else 0.0)
+
+    kept: dict[str, torch.Tensor] = {}
+    args = arguments(folder=tmp_path, save_strategy="steps", save_steps=2)
+    made = RegularizedTrainer(
+        model=make("classes/bert"), args=args, train_dataset=rows("classes/bert"), penalties={"mine": explodes}
+    )
+    with pytest.raises(FloatingPointError, match="Step 4"):
+        made.train()
+    assert [path.name for path in tmp_path.glob("checkpoint-*")] == ["checkpoint-2"]
+    saved = type(made.model).from_pretrained(tmp_path / "checkpoint-2").state_dict()
+    assert all(torch.equal(saved[name], value) for name, value in kept.items())
+    assert all(parameter.isfinite().all() for parameter in made.model.parameters())
+
+
 def test_a_step_that_is_not_finite_can_be_skipped() -> None:
     def explodes(model: nn.Module, inputs: Any, outputs: Any) -> torch.Tensor:
         weights.append(model.classifier.weight.detach().clone())
