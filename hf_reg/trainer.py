@@ -57,6 +57,10 @@ class RegularizerMixin(_Base):
         `FloatingPointError`: in training, for a term that is not finite.
     """
 
+    train_dataset: Any
+    model_accepts_loss_kwargs: bool
+    _signature_columns: list[str]
+
     def __init__(
         self, *args: Any, penalties: Any = None, patches: Any = None, teacher: nn.Module | None = None, **kwargs: Any
     ) -> None:
@@ -129,7 +133,7 @@ class RegularizerMixin(_Base):
         asks = self._plain_loss and not own_loss and self.model_accepts_loss_kwargs
         if asks and num_items_in_batch is not None:
             if not self._task.ask(self.bare_model, inputs, self.args.gradient_accumulation_steps):
-                self.model_accepts_loss_kwargs: bool = False
+                self.model_accepts_loss_kwargs = False
                 num_items_in_batch = None
         extra = self._penalties.request(inputs)
         wanted = return_outputs or (self._penalties.read_outputs and not (model.training and self._forwards_again))

@@ -76,4 +76,7 @@ def run(rounds: int) -> list[Row]:
             middle, spread = ratio(times, "TLM", peer)
             rows.append(Row("TLM", case, "TLM", peer, middle, limits[peer], spread=spread))
         rows += memory_rows("TLM", case, steps, ("TLM",))
+        padded = {name: step(variants[name], batch, length, padding=8) for name in ("no dropout", "TLM")}
+        middle, spread = ratio(interleave(padded, rounds, f"TLM padded {batch} x {length}"), "TLM", "no dropout")
+        rows.append(Row("TLM", f"{case}, padded", "TLM", "no dropout", middle, 1.02, spread=spread))
     return rows
