@@ -13,6 +13,8 @@ from rich import box
 from rich.console import Console
 from rich.table import Table
 
+from .tables import terminal
+
 
 __all__ = ["app", "main"]
 
@@ -42,7 +44,7 @@ def demo(
     from .demo import FULL, QUICK, run_demo
     from .demo_data import DemoError
 
-    console = Console()
+    console = terminal()
     try:
         seeds = tuple(dict.fromkeys(seed or ((0,) if quick else (0, 1, 2))))
         run_demo(output_dir, seeds=seeds, budget=QUICK if quick else FULL, console=console)
@@ -80,7 +82,7 @@ def methods(
     table = Table("name", "what it does", "settings and defaults", box=box.SIMPLE_HEAD, pad_edge=False)
     for name, description, settings in rows:
         table.add_row(name, description, ", ".join(f"{key}={value!r}" for key, value in settings.items()))
-    Console().print(table)
+    terminal().print(table)
 
 
 def main() -> None:

@@ -3,11 +3,17 @@
 from __future__ import annotations
 
 import io
+import sys
 
 from rich.console import Console, RenderableType
 
 
-__all__ = ["Shown"]
+__all__ = ["Shown", "terminal"]
+
+
+def terminal() -> Console:
+    """The console of standard output; 120 columns wide where that is a file or a pipe, so that no table is cut."""
+    return Console(width=None if sys.stdout.isatty() else 120)
 
 
 class Shown:
