@@ -39,9 +39,9 @@ def test_one_graph_serves_a_schedule(model_type: str, patch: str) -> None:
 @pytest.mark.slow
 @pytest.mark.parametrize("mode", ["both", "siblings", "self"])
 @pytest.mark.parametrize("model_type", ["bert", "llama", "mistral"])
-def test_flex_attention_equals_sdpa(model_type: str, mode: str, monkeypatch: pytest.MonkeyPatch) -> None:
+@torch._dynamo.config.patch(automatic_dynamic_shapes=False)
+def test_flex_attention_equals_sdpa(model_type: str, mode: str) -> None:
     """Forward only: torch has no backward of flex attention on a CPU."""
-    monkeypatch.setattr(torch._dynamo.config, "automatic_dynamic_shapes", False)
     model = lively(without_dropout(build(model_type).model)).train()
     ids, mask = torch.randint(8, 90, (2, 160)), torch.ones(2, 160, dtype=torch.long)
     mask[1, 100:] = 0
