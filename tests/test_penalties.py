@@ -85,6 +85,28 @@ def slow_entropy(z: torch.Tensor, k: int, mask: torch.Tensor | None) -> float:
     return -mean([entropy(row.sort(descending=True).values[:k].softmax(0)) for row in pick(z, mask)])
 
 
+def slow_normalized_mse(s: torch.Tensor, t: torch.Tensor, mask: torch.Tensor | None) -> float:
+    found = []
+    for a, b in zip(pick(s, mask), pick(t, mask), strict=True):
+        long, other = (math.sqrt(sum(x * x for x in row.tolist())) for row in (a, b))
+        found.append(mean([(x / long - y / other) ** 2 for x, y in zip(a.tolist(), b.tolist(), strict=True)]))
+    return mean(found)
+
+
+def slow_truncated(s: torch.Tensor, t: torch.Tensor, k: int, temperature: float, mask: torch.Tensor | None) -> float:
+    found = []
+    for a, b in zip(pick(s, mask), pick(t, mask), strict=True):
+        q, p = (row.div(temperature).softmax(0) for row in (a, b))
+        top = p.argsort(descending=True)[:k].tolist()
+        value = sum(p[j].item() * math.log(p[j] / q[j]) for j in top)
+        if k < len(p):
+            others = [j for j in range(len(p)) if j not in top]
+            rest_p, rest_q = p[others].sum().item(), q[others].sum().item()
+            value += rest_p * math.log(rest_p / rest_q)
+        found.append(value)
+    return temperature**2 * mean(found)
+
+
 def slow_distance(m: torch.Tensor) -> float:
     short = m if m.shape[0] <= m.shape[1] else m.T
     return math.hypot(*[x.dot(y).item() - (i == j) for i, x in enumerate(short) for j, y in enumerate(short)])
@@ -112,6 +134,24 @@ CASES = {  # function of logits, inputs, the slow value
         lambda z: P.symmetric_kl(z, OTHERS, mask=MASK), TOKENS,
         slow_pairs(TOKENS, OTHERS, MASK, lambda a, b: (kl(a, b) + kl(b, a)) / 2),
     ),
+    "consistency v5, nlg": (
+        lambda z: P.consistency(z, OTHERS, temperature=1.0, mask=MASK), TOKENS,
+        slow_pairs(TOKENS, OTHERS, MASK, lambda s, t: kl(t, s)),
+    ),
+    "consistency v5, nlu": (
+        lambda z: P.normalized_mse(z, OTHERS[0]), TOKENS[0], slow_normalized_mse(TOKENS[0], OTHERS[0], None)
+    ),
+    "normalized_mse, masked": (
+        lambda z: P.normalized_mse(z, OTHERS, mask=MASK), TOKENS, slow_normalized_mse(TOKENS, OTHERS, MASK)
+    ),
+    **{
+        f"truncated_consistency {k}": (
+            lambda z, k=k: P.truncated_consistency(
+                z, P.top_logits(OTHERS[MASK], k, 2.0), temperature=2.0, mask=MASK
+            ), TOKENS, slow_truncated(TOKENS, OTHERS, k, 2.0, MASK),
+        )
+        for k in (1, 3, 7)
+    },
     "covariance": (P.covariance, rand(5, 4), slow_covariance(rand(5, 4))),
     "covariance, fewer rows": (P.covariance, rand(3, 6), slow_covariance(rand(3, 6))),
     "diversity nlu": (P.diversity, rand(5, 4), slow_covariance(rand(5, 4))),
@@ -170,8 +210,13 @@ DEGENERATE = {
     "rank one, wide": rand(4, 1) @ rand(1, 60), "zero, wide": torch.zeros(4, 60), "no row": torch.zeros(0, 6),
     "far apart": torch.tensor([[0.0, 1e4], [1e4, 0.0]]), "forbidden class": torch.tensor([[0.0, -math.inf, 1.0]] * 4),
 }  # fmt: skip
+WIDER = {torch.bfloat16: torch.float32, torch.float32: torch.float32, D: D}
 FUNCTIONS = {
     "consistency": lambda z: P.consistency(z, z.roll(1, 0)),
+    "normalized_mse": lambda z: P.normalized_mse(z, z.roll(1, 0)),
+    "truncated_consistency": lambda z: P.truncated_consistency(
+        z, P.top_logits(z.detach().roll(1, 0).to(WIDER[z.dtype]), 2, 2.0)
+    ),
     "diversity": lambda z: P.diversity(z, top_k=2),
     "confidence": P.confidence,
     "symmetric_kl": lambda z: P.symmetric_kl(z, z.roll(1, 0).detach()),
@@ -186,7 +231,13 @@ FUNCTIONS = {
 @pytest.mark.parametrize("kind", DEGENERATE)
 @pytest.mark.parametrize("name", FUNCTIONS)
 def test_degenerate_inputs_have_finite_gradients(name: str, kind: str, dtype: torch.dtype) -> None:
-    if kind == "forbidden class" and name in ("covariance", "nuclear", "frobenius", "orthonormality"):
+    if kind == "forbidden class" and name in (
+        "covariance",
+        "nuclear",
+        "frobenius",
+        "orthonormality",
+        "normalized_mse",
+    ):
         pytest.skip("a matrix of -inf has no such value")
     leaf = DEGENERATE[kind].detach().to(dtype, copy=True).requires_grad_()
     value = FUNCTIONS[name](leaf)
@@ -228,14 +279,21 @@ def test_randomized_svd_is_close_repeatable_and_draws_no_random_number() -> None
 
 
 def test_empty_mask_gives_zero_and_masked_rows_do_not_matter() -> None:
-    for name in ("consistency, T=0.5", "diversity nlg", "confidence", "symmetric_kl"):
+    names = ("consistency, T=0.5", "diversity nlg", "confidence", "symmetric_kl", "normalized_mse, masked",
+             "truncated_consistency 3")  # fmt: skip
+    for name in names:
         function, z, expected = CASES[name]
         spoiled = torch.where(MASK[..., None], z, math.nan).requires_grad_()
         value = function(spoiled)
         value.backward()
         assert value.item() == pytest.approx(expected) and spoiled.grad.isfinite().all()
     empty = torch.zeros(2, 3, dtype=torch.bool)
-    for call in (P.diversity, P.confidence, lambda z, mask: P.consistency(z, OTHERS, mask=mask)):
+    calls = (
+        P.diversity, P.confidence, lambda z, mask: P.consistency(z, OTHERS, mask=mask),
+        lambda z, mask: P.normalized_mse(z, OTHERS, mask=mask),
+        lambda z, mask: P.truncated_consistency(z, P.top_logits(OTHERS[mask], 2, 2.0), mask=mask),
+    )  # fmt: skip
+    for call in calls:
         leaf = TOKENS.clone().requires_grad_()
         value = call(leaf, mask=empty)
         value.backward()
@@ -294,6 +352,74 @@ def test_classes_on_logits() -> None:
     assert [(p.name, p.weight, p.strength(1, 2)) for p in P.ba_lora("nlu")] == [
         ("consistency", 0.15, pytest.approx(0.0825)), ("diversity", 0.03, 0.03), ("svd_concentration", 0.03, 0.03)
     ]  # fmt: skip
+
+
+def test_ba_lora_of_both_versions() -> None:
+    def settings(made: list[P.LogitsPenalty]) -> list[tuple]:
+        first, second, third = made
+        return [(p.name, p.weight) for p in made] + [
+            (first.temperature, first.form), second.top_k, (third.k, third.norm),
+            [p.strength(10, 100) / p.weight for p in made],
+        ]  # fmt: skip
+
+    names = ("consistency", "diversity", "svd_concentration")
+    late = [pytest.approx(0.1 + 0.9 * 0.5 * (1 + math.cos(0.1 * math.pi))), 0, 0]
+    for task, lambdas in (("nlg", (0.025, 0.005, 0.005)), ("nlu", (0.15, 0.03, 0.03))):
+        assert settings(P.ba_lora(task)) == [*zip(names, lambdas, strict=True), (2.0, "kl"), 20, (None, None), late]
+        form = "kl" if task == "nlg" else "mse"
+        old = [*zip(names, (1e-4, 3e-4, 1e-4), strict=True), (1.0, form), None, (3, "nuclear"), [1, 1, 1]]
+        assert settings(P.ba_lora(task, version="v5")) == old
+    own = settings(P.ba_lora(lambdas=(1, 2, 0), temperature=3.0, top_k=4, k=6)[:2] + P.ba_lora(k=6)[2:])
+    assert own[:2] == [("consistency", 1), ("diversity", 2)] and own[3:6] == [(3.0, "kl"), 4, (6, None)]
+
+
+def test_terms_of_v5_on_outputs() -> None:
+    labels = torch.tensor([[-100, 1, 2], [-100, -100, 3]])
+    mask = torch.tensor([[True, True, False], [False, True, False]])
+    outputs = answer(TOKENS, teacher=OTHERS)
+    with pytest.warns(UserWarning, match="3 largest of at most 3"):
+        values = [p(llama(), {"labels": labels}, outputs).item() for p in P.ba_lora(version="v5")]
+    wanted = [
+        slow_pairs(TOKENS, OTHERS, mask, lambda s, t: kl(t, s)), slow_entropy(TOKENS, 7, mask),
+        -1.0,  # of three rows, the three largest are all
+    ]  # fmt: skip
+    assert values == pytest.approx(wanted)
+    z, w = rand(8, 5), rand(8, 5, seed=1)
+    values = [p(bert(), {}, answer(z, teacher=w)).item() for p in P.ba_lora("nlu", version="v5")]
+    s = torch.linalg.eigvalsh(z.T @ z).clamp(min=0).sqrt().flip(0)
+    wanted = [slow_normalized_mse(z, w, None), slow_covariance(z), -(s[:3].sum() / s.sum()).item()]
+    assert values == pytest.approx(wanted)
+
+
+@pytest.mark.parametrize(
+    ("settings", "text"),
+    [
+        ({"task": "nlx"}, "task='nlx' is not known; choose one of 'nlg', 'nlu'"),
+        ({"version": "v6"}, "version='v6' is not known; choose one of 'iclr2026', 'v5'"),
+        ({"lambdas": (1, 2)}, "expected three weights"),
+        ({"lambdas": 0.1}, "expected three weights"),
+        ({"lambdas": (1, -2, 0)}, "weight=-2 is out of range"),
+        ({"temperature": 0}, "temperature=0 is out of range"),
+        ({"top_k": 0}, "top_k=0 is out of range"),
+        ({"k": 0}, "k=0 is out of range"),
+        ({"task": "nlu", "top_k": 5}, "top_k=5 has no use in 'nlu'"),
+        ({"task": "nlu", "version": "v5", "temperature": 2.0}, "temperature=2.0 has no use in 'nlu' of 'v5'"),
+    ],
+)
+def test_ba_lora_refuses_in_words(settings: dict, text: str) -> None:
+    with pytest.raises(ValueError, match=text):
+        P.ba_lora(**settings)
+
+
+def test_a_truncated_teacher_gives_a_lower_bound_and_wants_its_rows() -> None:
+    z, teacher = rand(6, 30), rand(6, 30, seed=1)
+    bounds = [P.truncated_consistency(z, P.top_logits(teacher, k, 2.0)).item() for k in (1, 4, 16, 29, 30, 99)]
+    assert bounds == sorted(bounds)
+    assert bounds[-2:] == pytest.approx([P.consistency(z, teacher).item()] * 2, rel=1e-9) and bounds[2] < bounds[3]
+    with pytest.raises(ValueError, match="5 rows of the student count, but the teacher has 6"):
+        P.truncated_consistency(z[:5], P.top_logits(teacher, 4, 2.0))
+    with pytest.raises(ValueError, match="expected the same shape"):
+        P.normalized_mse(z, teacher[:5])
 
 
 def heads_slowly(model: nn.Module, heads: int, groups: int) -> dict[str, float]:

@@ -1,8 +1,8 @@
-"""BA-LoRA's consistency and diversity terms (arXiv 2408.04556 v6); its third is in `spectrum.py`."""
+"""BA-LoRA's consistency and diversity terms (arXiv 2408.04556); its third is in `spectrum.py`."""
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any, ClassVar
 
@@ -16,9 +16,14 @@ from .answers import LogitsPenalty
 from .precision import exactly, widen
 from .rows import log_probabilities, mean_entropy, mean_over_rows, rows
 from .spectrum import SvdConcentration
+from .truncation import TopLogits, truncated_consistency
 
 
-__all__ = ["Consistency", "Covariance", "Diversity", "ba_lora", "consistency", "covariance", "diversity"]
+__all__ = [
+    "Consistency", "Covariance", "Diversity", "ba_lora", "consistency", "covariance", "diversity", "normalized_mse",
+]  # fmt: skip
+
+FORMS = ("kl", "mse")
 
 
 def consistency(
@@ -42,6 +47,30 @@ def consistency(
     log_p = log_probabilities(rows(teacher.detach(), mask), temperature)
     log_q = log_probabilities(rows(student, mask), temperature)
     return temperature**2 * mean_over_rows((log_p.exp() * (log_p - log_q)).sum(-1))
+
+
+def _unit(logits: torch.Tensor) -> torch.Tensor:
+    norms = torch.linalg.vector_norm(logits, dim=-1, keepdim=True)
+    return logits / torch.where(norms > 0, norms, 1.0)
+
+
+def normalized_mse(student: torch.Tensor, teacher: torch.Tensor, *, mask: torch.Tensor | None = None) -> torch.Tensor:
+    """Mean over rows and columns of (z / ||z|| - z' / ||z'||)^2: the consistency of BA-LoRA v5 for classification.
+
+    The paper writes `normalize`; that each row is scaled to unit length is our reading. A row of zeros stays.
+
+    Args:
+        student (`torch.Tensor` of shape `(N, D)` or `(B, T, V)`): logits.
+        teacher (`torch.Tensor` of the same shape): logits; no gradient flows into them.
+        mask (`torch.BoolTensor` of shape `(N,)` or `(B, T)`, *optional*): the rows that count; none gives 0.
+
+    Raises:
+        `ValueError`: for shapes that do not fit. `TypeError`: for a mask that is not bool.
+    """
+    if student.shape != teacher.shape:
+        raise ValueError(f"student {tuple(student.shape)}, teacher {tuple(teacher.shape)}: expected the same shape.")
+    difference = _unit(rows(student, mask)) - _unit(rows(teacher.detach(), mask))
+    return mean_over_rows(difference.square().mean(-1))
 
 
 def covariance(logits: torch.Tensor) -> torch.Tensor:
@@ -95,13 +124,15 @@ def diversity(logits: torch.Tensor, *, top_k: int | None = None, mask: torch.Ten
 
 @dataclass(eq=False)
 class Consistency(LogitsPenalty):
-    """The student stays near the pretrained model: tempered KL to `outputs.teacher`, see [`consistency`].
+    """The student stays near the pretrained model, `outputs.teacher`: see [`consistency`] and [`normalized_mse`].
 
     Published weights (BA-LoRA v6): 0.025 for language models, 0.15 for classification (temperature not verified
-    there), with `schedule=cosine(1.0, 0.1)`; [`ba_lora`] sets them.
+    there), with `schedule=cosine(1.0, 0.1)`; [`ba_lora`] sets them. From a cache of teacher logits, the value is
+    [`truncated_consistency`].
 
     Args:
-        temperature (`float`, *optional*, defaults to 2.0): of the authors' script for language models.
+        temperature (`float`, *optional*, defaults to 2.0): of the authors' script for language models; of `"kl"` only.
+        form (`str`, *optional*, defaults to `"kl"`): `"kl"`, or `"mse"` of normalised logits.
         shift, weight, schedule, name: see [`LogitsPenalty`].
     """
 
@@ -109,14 +140,22 @@ class Consistency(LogitsPenalty):
     NEEDS: ClassVar[frozenset[str]] = frozenset({"logits", "teacher"})
 
     temperature: float = 2.0
+    form: str = "kl"
 
     def __post_init__(self) -> None:
         super().__post_init__()
         check_range(self.name, "temperature", self.temperature, 1e-6, float("inf"))
+        check_choice(self.name, "form", self.form, FORMS)
 
     def __call__(self, model: nn.Module, inputs: Mapping[str, Any], outputs: Any) -> torch.Tensor:
-        logits, teacher = self.find_logits(outputs), self.find_logits(outputs, "teacher")
-        return consistency(logits, teacher, temperature=self.temperature, mask=self.mask(model, inputs, logits))
+        logits = self.find_logits(outputs)
+        mask = self.mask(model, inputs, logits)
+        if isinstance(getattr(outputs, "teacher", None), TopLogits):
+            return truncated_consistency(logits, outputs.teacher, temperature=self.temperature, mask=mask)
+        teacher = self.find_logits(outputs, "teacher")
+        if self.form == "mse":
+            return normalized_mse(logits, teacher, mask=mask)
+        return consistency(logits, teacher, temperature=self.temperature, mask=mask)
 
 
 @dataclass(eq=False)
@@ -162,19 +201,64 @@ class Covariance(LogitsPenalty):
         return covariance(rows(logits, self.mask(model, inputs, logits)))
 
 
-def ba_lora(task: str = "nlg") -> list[LogitsPenalty]:
-    """The three terms of BA-LoRA v6 (arXiv 2408.04556) with their published weights and schedules.
+def ba_lora(
+    task: str = "nlg",
+    *,
+    version: str = "iclr2026",
+    lambdas: Sequence[float] | None = None,
+    temperature: float | None = None,
+    top_k: int | None = None,
+    k: int | None = None,
+) -> list[LogitsPenalty]:
+    """The three terms of BA-LoRA (arXiv 2408.04556): consistency, diversity, concentration of singular values.
+
+    | | `"iclr2026"` (v6) | `"v5"` (v3 to v5) |
+    |---|---|---|
+    | consistency | tempered KL | tokens: KL; classification: [`normalized_mse`] |
+    | diversity of tokens | entropy of the top 20 | entropy of the whole vocabulary |
+    | singular values | top 10 / Frobenius; classification: top 5 / all | top 3 / all |
+    | lambdas | 0.025, 0.005, 0.005; classification: 0.15, 0.03, 0.03 | 1e-4, 3e-4, 1e-4 |
+    | schedules | cosine to a tenth; two-phase for the others | none |
+
+    Diversity in classification is [`covariance`] in both. Means are over answer tokens: the code of v5 divides by the
+    number of examples instead and counts padding, which is not its definition.
 
     Args:
         task (`str`, *optional*, defaults to `"nlg"`): `"nlg"` for language models, `"nlu"` for classification.
+        version (`str`, *optional*, defaults to `"iclr2026"`): `"iclr2026"` or `"v5"`.
+        lambdas (sequence of three `float`, *optional*): weights of the terms; `None`: those of the table.
+        temperature (`float`, *optional*): of the KL; `None`: 2 in v6 (for classification unverified), 1 in v5.
+        top_k (`int`, *optional*): of the diversity of tokens; `None`: that of the table.
+        k (`int`, *optional*): singular values in the numerator; `None`: that of the table.
 
     Raises:
-        `ValueError`: for another `task`.
+        `ValueError`: for an unknown `task` or `version`, `lambdas` that are not three numbers >= 0, a setting out of
+        range, and a setting that this task and version have no use for.
     """
     check_choice("ba_lora", "task", task, ("nlg", "nlu"))
-    first, other = (0.025, 0.005) if task == "nlg" else (0.15, 0.03)
+    check_choice("ba_lora", "version", version, ("iclr2026", "v5"))
+    tokens, latest = task == "nlg", version == "iclr2026"
+    if lambdas is None:
+        lambdas = ((0.025, 0.005, 0.005) if tokens else (0.15, 0.03, 0.03)) if latest else (1e-4, 3e-4, 1e-4)
+    if isinstance(lambdas, (str, float, int)) or len(lambdas) != 3:
+        raise ValueError(f"ba_lora: lambdas={lambdas!r}: expected three weights, such as (0.025, 0.005, 0.005).")
+    if top_k is not None and not tokens:
+        raise ValueError(f"ba_lora: top_k={top_k} has no use in 'nlu', a covariance; leave it out.")
+    if temperature is not None and not tokens and not latest:
+        raise ValueError(f"ba_lora: temperature={temperature} has no use in 'nlu' of 'v5', an MSE; leave it out.")
+    first, other = (cosine(1.0, 0.1), two_phase()) if latest else (None, None)
     return [
-        Consistency(weight=first, schedule=cosine(1.0, 0.1)),
-        Diversity(weight=other, schedule=two_phase()),
-        SvdConcentration(weight=other, schedule=two_phase()),
+        Consistency(
+            weight=lambdas[0],
+            schedule=first,
+            temperature=(2.0 if latest else 1.0) if temperature is None else temperature,
+            form="kl" if latest or tokens else "mse",
+        ),
+        Diversity(weight=lambdas[1], schedule=other, top_k=20 if latest and top_k is None else top_k),
+        SvdConcentration(
+            weight=lambdas[2],
+            schedule=other,
+            k=3 if k is None and not latest else k,
+            norm=None if latest else "nuclear",
+        ),
     ]
