@@ -1,0 +1,1 @@
+"""Adapters that begin at the singular vectors of the weights they adapt."""
