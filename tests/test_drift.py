@@ -125,7 +125,13 @@ def test_every_linear_layer_by_default_and_compiled_names() -> None:
 def test_conv1d() -> None:
     small = {"n_embd": 16, "n_layer": 1, "n_head": 4, "vocab_size": 30, "bos_token_id": 0, "eos_token_id": 0}
     model = hf.GPT2LMHeadModel(hf.GPT2Config(**small))
-    assert {row.kind for row in spectrum_drift(model, model).rows} == {"c_attn", "c_proj", "c_fc", "lm_head"}
+    assert {row.kind for row in spectrum_drift(model, model).rows} == {
+        "attn.c_attn",
+        "attn.c_proj",
+        "mlp.c_fc",
+        "mlp.c_proj",
+        "lm_head",
+    }
 
 
 def test_adapter_counts_as_merged_and_is_left_alone() -> None:
@@ -139,8 +145,8 @@ def test_adapter_counts_as_merged_and_is_left_alone() -> None:
     assert all(row.values > 1e-3 and row.vectors > 1e-3 for row in own)
     assert all(torch.equal(tensor, before[name]) for name, tensor in tuned.state_dict().items())
     every = spectrum_drift(base, tuned).rows
-    assert [row for row in every if row.kind in ("q_proj", "down_proj")] == own
-    assert all(row.values == 0 for row in every if row.kind not in ("q_proj", "down_proj"))
+    assert [row for row in every if row.kind in ("self_attn.q_proj", "mlp.down_proj")] == own
+    assert all(row.values == 0 for row in every if row.kind not in ("self_attn.q_proj", "mlp.down_proj"))
     merged = copy.deepcopy(tuned).merge_and_unload()
     for row, want in zip(own, spectrum_drift(base, merged, target_modules=["q_proj", "down_proj"]).rows, strict=True):
         assert row.values == pytest.approx(want.values, rel=1e-3)
@@ -226,7 +232,7 @@ def test_table_and_html() -> None:
     assert "rank 4" in text and "model.layers.1.mlp.down_proj" in text and "s_1 / s_4" in text and "mean" in text
     assert found._repr_html_().startswith("<pre")
     many = type(found)(found.rows * 4, 4)
-    assert "8 x q_proj" in str(many) and ".rows has all 60 layers" in str(many)
+    assert "8 x self_attn.q_proj" in str(many) and ".rows has all 60 layers" in str(many)
 
 
 def test_plot_and_without_matplotlib(monkeypatch: pytest.MonkeyPatch) -> None:

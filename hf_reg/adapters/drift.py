@@ -34,7 +34,7 @@ class LayerDrift:
     """One layer; triplet i is (u_i, s_i, v_i) before and (u_i', s_i', v_i') after, k = min(out, in) of them.
 
     Attributes:
-        name, kind (`str`): the module's name, and its last part, such as `"q_proj"`.
+        name, kind (`str`): the module's name, and what follows its layer number, such as `"self_attn.q_proj"`.
         shape (`tuple`): of the weight.
         values (`float`): SORSA's Delta Sigma = 1/k sum_i |s_i' - s_i|.
         vectors (`float`): SORSA's Delta D = 1 - 1/2k sum_i (|<u_i, u_i'>| + |<v_i, v_i'>|), from 0 to 1.
@@ -221,7 +221,9 @@ def _compare(name: str, before: torch.Tensor, after: torch.Tensor, rank: int) ->
             (s2 - s).abs().mean(), 1 - cosines.mean().clamp(max=1), (shared / (2 * top)).clamp(max=1),
             s[0] / s[top - 1], s2[0] / s2[top - 1], *(torch.special.entr(share).sum().exp() for share in shares),
         )  # fmt: skip
-        return LayerDrift(name, name.rpartition(".")[2], tuple(before.shape), *(float(value) for value in numbers))
+        return LayerDrift(
+            name, re.sub(r".*\.\d+\.", "", name), tuple(before.shape), *(float(value) for value in numbers)
+        )
 
 
 def spectrum_drift(
