@@ -125,6 +125,11 @@ class Gate(nn.Module):
         """The attention mask of `view` without the keys that this gate takes away: (B, 1 | H, Tq, Tk) bool."""
         raise NotImplementedError
 
+    def hidden_tokens(self, view: TokenView) -> tuple[torch.Tensor, torch.Tensor, str] | None:
+        """If all that this gate hides is whole tokens: `selected` and `self_masked`, (B, T) bool each, and `hide`, as
+        in [`~hf_reg.patches.tlm.token_level_mask`]. It is asked instead of `hide` where no mask need be built."""
+        return None
+
     def hide_blocks(self, view: BlockView) -> Any:
         """The same for flex attention: a `mask_mod(batch, head, query, key)` that is combined with the model's own."""
         raise NotImplementedError

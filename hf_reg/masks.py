@@ -25,7 +25,10 @@ if TYPE_CHECKING:
     from .base import Gate
 
 
-__all__ = ["BLOCKED", "SPARED", "BlockView", "TokenView", "narrow", "narrow_scores", "refuse_backend"]
+__all__ = [
+    "BLOCKED", "SPARED", "BlockView", "TokenView", "is_causal", "narrow", "narrow_scores", "refuse_backend",
+    "spared_tokens",
+]  # fmt: skip
 
 SPARED = "hf_reg_spared"  # keyword that carries the (B, T) mask of spared tokens from the sub-model down to the seam
 BLOCKED = -1e4  # an additive mask at or below this leaves a probability of exactly 0 in every floating-point format
@@ -122,12 +125,14 @@ class BlockView:
         return ~self._ask("others", lambda b, h, q, k: self.mask_mod(b, h, q, k) & (k != q + self.offset), self.keys)
 
 
-def _causal(module: nn.Module, kwargs: dict[str, Any]) -> bool:
+def is_causal(module: nn.Module, kwargs: dict[str, Any]) -> bool:
+    """What sdpa takes an attention without a mask for."""
     keyword = kwargs.get("is_causal")
     return bool(keyword if keyword is not None else getattr(module, "is_causal", True))
 
 
-def _spared(spared: torch.Tensor | None, batch: int, queries: int) -> torch.Tensor | None:
+def spared_tokens(spared: torch.Tensor | None, batch: int, queries: int) -> torch.Tensor | None:
+    """`spared`, once it is known to fit."""
     if spared is not None and spared.shape != (batch, queries):
         raise ValueError(
             f"The spared tokens have shape {tuple(spared.shape)}, but the attention sees {(batch, queries)} "
@@ -157,14 +162,14 @@ def narrow(
     batch, queries, keys = query.shape[0], query.shape[2], key.shape[2]
     if keys < queries or (keys > queries and not prefix):
         return mask
-    spared = _spared(spared, batch, queries)
+    spared = spared_tokens(spared, batch, queries)
     if (
         mask is not None
         and not isinstance(mask, torch.Tensor)
         or (mask is None and implementation == "flex_attention")
     ):
         return _narrow_blocks(gate, mask, batch, queries, keys, query.device, spared)
-    causal = _causal(module, kwargs)
+    causal = is_causal(module, kwargs)
     allowed = None
     if mask is None:
         if implementation == "sdpa" and causal and queries > 1:
@@ -188,7 +193,9 @@ def narrow_scores(gate: Gate, scores: torch.Tensor, spared: torch.Tensor | None)
     batch, _, queries, keys = scores.shape
     if queries != keys:
         return scores
-    view = TokenView(scores > BLOCKED, batch, queries, keys, scores.device, spared=_spared(spared, batch, queries))
+    view = TokenView(
+        scores > BLOCKED, batch, queries, keys, scores.device, spared=spared_tokens(spared, batch, queries)
+    )
     return scores.masked_fill(~gate.hide(view), torch.finfo(scores.dtype).min)
 
 

@@ -16,7 +16,7 @@ import torch
 from torch import nn
 from transformers.modeling_utils import AttentionInterface
 
-from . import masks
+from . import gathered, masks
 from .base import Gate
 
 
@@ -57,19 +57,25 @@ class AttentionSeam(nn.Module):
         enabled = self.enabled()
         if not enabled:
             return function(module, query, key, value, attention_mask, **kwargs)
+        wrapped = function
+        for gate in enabled:
+            wrapped = gate.wrap(wrapped)
+        view = gathered.gatherable(enabled, wrapped, module, query, key, attention_mask, spared, kwargs)
+        tokens = next((chosen for gate in enabled if view and (chosen := gate.hidden_tokens(view))), None)
         for gate in enabled:
             given = attention_mask
-            if gate.hides:
+            if gate.hides and tokens is None:
                 attention_mask = masks.narrow(
                     gate, implementation, module, query, key, given, self.prefix, spared, kwargs
                 )
-            if not gate.hides or attention_mask is not given:
+            if not gate.hides or tokens is not None or attention_mask is not given:
                 self.ran = True
             if gate.replaces_dropout and kwargs.get("dropout"):
                 kwargs = {**kwargs, "dropout": 0.0}
-        for gate in enabled:
-            function = gate.wrap(function)
-        output, weights = function(module, query, key, value, attention_mask, **kwargs)
+        if tokens is not None:
+            output, weights = gathered.attend(wrapped, tokens, module, query, key, value, kwargs)
+        else:
+            output, weights = wrapped(module, query, key, value, attention_mask, **kwargs)
         for gate in enabled:
             scales = gate.scales(output.shape[0], output.shape[2], output.device)
             if scales is not None:

@@ -142,6 +142,9 @@ class TLMGate(RateGate):
             allowed = torch.ones(1, 1, view.queries, view.keys, dtype=torch.bool, device=view.device)
         return hide_tokens(allowed, selected, self_masked, self.patch.hide)
 
+    def hidden_tokens(self, view: TokenView) -> tuple[torch.Tensor, torch.Tensor, str]:
+        return *self.draw(view, None), self.patch.hide
+
     def hide_blocks(self, view: BlockView) -> Callable[..., torch.Tensor]:
         selected, self_masked = self.draw(view, view.real())
         return token_mask_mod(view, selected, self_masked, self.patch.hide)
