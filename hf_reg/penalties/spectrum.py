@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import warnings
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from typing import Any, ClassVar
 
@@ -18,7 +18,7 @@ from .precision import exactly, widen
 from .rows import rows
 
 
-__all__ = ["SvdConcentration", "svd_concentration"]
+__all__ = ["SvdConcentration", "concentration_of_factor", "starting_block", "svd_concentration"]
 
 NORMS = ("nuclear", "frobenius")
 WIDE = 8  # from this many columns a row, the Gram matrix is cheaper than the SVD
@@ -26,29 +26,39 @@ EXACT = 256  # up to this many rows every singular value is computed
 OVERSAMPLING, ITERATIONS = 5, 2  # of the randomized SVD: q = k + 5, niter = 2, as in the authors' code
 
 
-def _left_singular(matrix: torch.Tensor, k: int, norm: str) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
+def starting_block(width: int, k: int, like: torch.Tensor) -> torch.Tensor:
+    """The random (width, k + 5) block of the randomized SVD: always the same, and no random number of training."""
+    generator = torch.Generator(like.device).manual_seed(0)
+    return torch.randn(width, k + OVERSAMPLING, generator=generator, dtype=like.dtype, device=like.device)
+
+
+def _left_singular(
+    matrix: torch.Tensor, first: torch.Tensor | None, gram: bool
+) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
     """Left singular vectors and singular values of a wide `matrix`, largest first, and which of them are not zero.
 
-    All of them, or for Frobenius, where the others do not matter, the first k + 5 by randomized subspace iteration.
+    All of them, or for Frobenius, where the others do not matter, the first k + 5 by subspace iteration from `first`,
+    the product of the matrix and a random block.
     """
-    count, width = matrix.shape
     eps = torch.finfo(matrix.dtype).eps
-    if norm == "frobenius" and count > max(EXACT, k + OVERSAMPLING):
-        generator = torch.Generator(matrix.device).manual_seed(0)  # leaves the random numbers of training alone
-        size = (width, k + OVERSAMPLING)
-        noise = torch.randn(size, generator=generator, dtype=matrix.dtype, device=matrix.device)
-        basis = torch.linalg.qr(matrix @ noise).Q
+    if first is not None:
+        basis = torch.linalg.qr(first).Q
         for _ in range(ITERATIONS):
             basis = torch.linalg.qr(matrix @ torch.linalg.qr(matrix.mT @ basis).Q).Q
         vectors, values, _ = torch.linalg.svd(torch.linalg.qr(matrix.mT @ basis).R.mT)
-        vectors = basis @ vectors
-    elif width >= WIDE * count:
+        vectors = basis @ vectors[:, : len(values)]
+    elif gram:
         squares, vectors = torch.linalg.eigh(matrix @ matrix.mT)
         values, vectors = squares.clamp(min=0).sqrt().flip(0), vectors.flip(1)
         return vectors, values, values > values[0] * (16 * eps) ** 0.5  # the Gram matrix has squared them
     else:
         vectors, values, _ = torch.linalg.svd(matrix, full_matrices=False)
-    return vectors, values, values > values[0] * width * eps
+    return vectors, values, values > values[0] * matrix.shape[1] * eps
+
+
+def _frobenius(matrix: torch.Tensor) -> torch.Tensor:
+    """Row by row: summed at once in fp32, millions of squares lose four digits."""
+    return torch.linalg.vector_norm(torch.linalg.vector_norm(matrix, dim=1))
 
 
 class _Concentration(torch.autograd.Function):
@@ -60,13 +70,21 @@ class _Concentration(torch.autograd.Function):
     """
 
     @staticmethod
-    def forward(ctx: Any, logits: torch.Tensor, k: int, norm: str) -> torch.Tensor:
-        ctx.tall = logits.shape[0] > logits.shape[1]
+    def forward(
+        ctx: Any, logits: torch.Tensor, k: int, norm: str, columns: int, start: Callable[[], torch.Tensor] | None
+    ) -> torch.Tensor:
+        short, long = sorted((len(logits), columns))
+        randomized = norm == "frobenius" and short > max(EXACT, k + OVERSAMPLING)
+        ctx.tall = len(logits) > (columns if randomized else logits.shape[1])
         matrix = logits.mT if ctx.tall else logits
         with exactly(matrix):
-            vectors, values, present = _left_singular(matrix, k, norm)
+            first = None
+            if randomized:
+                given = start is not None and not ctx.tall
+                first = start() if given else matrix @ starting_block(matrix.shape[1], k, matrix)  # type: ignore[misc]
+            vectors, values, present = _left_singular(matrix, first, long >= WIDE * short)
             values = torch.where(present, values, 0.0)
-            whole = values.sum() if norm == "nuclear" else torch.linalg.vector_norm(matrix)
+            whole = values.sum() if norm == "nuclear" else _frobenius(matrix)
             inverse = torch.where(whole > 0, 1 / whole, 0.0)
             share = values[:k].sum() * inverse
             weights = torch.zeros_like(values)
@@ -80,7 +98,7 @@ class _Concentration(torch.autograd.Function):
 
     @staticmethod
     @once_differentiable
-    def backward(ctx: Any, grad: torch.Tensor) -> tuple[torch.Tensor, None, None]:
+    def backward(ctx: Any, grad: torch.Tensor) -> tuple[torch.Tensor | None, ...]:
         matrix, vectors, weights, rest = ctx.saved_tensors
         with exactly(matrix):
             weighted = vectors * (weights * grad)
@@ -90,7 +108,7 @@ class _Concentration(torch.autograd.Function):
                 slope = core @ matrix
             else:
                 slope = weighted @ (vectors.mT @ matrix) + matrix * (rest * grad)
-        return slope.mT if ctx.tall else slope, None, None
+        return slope.mT if ctx.tall else slope, None, None, None, None
 
 
 def svd_concentration(logits: torch.Tensor, *, k: int, norm: str = "nuclear") -> torch.Tensor:
@@ -116,9 +134,23 @@ def svd_concentration(logits: torch.Tensor, *, k: int, norm: str = "nuclear") ->
         raise ValueError(f"svd_concentration: k={k} is out of range; give k >= 1.")
     if logits.dim() != 2:
         raise ValueError(f"logits {tuple(logits.shape)}: expected (N, D); pass logits[mask] for those of tokens.")
-    if logits.numel() == 0:
-        return widen(logits).sum()
-    return _Concentration.apply(widen(logits), k, norm)
+    return concentration_of_factor(widen(logits), k=k, norm=norm, columns=logits.shape[1])
+
+
+def concentration_of_factor(
+    factor: torch.Tensor, *, k: int, norm: str, columns: int, start: Callable[[], torch.Tensor] | None = None
+) -> torch.Tensor:
+    """[`svd_concentration`] of logits Z from a matrix with the same left singular vectors and values, such as Z.
+
+    Args:
+        factor (`torch.Tensor` of shape `(N, d)`): A with A A^T = Z Z^T, fp32 at least.
+        k, norm: see [`svd_concentration`].
+        columns (`int`): of Z, which decide how it is computed.
+        start (callable, *optional*): gives Z times [`starting_block`], where A is not Z.
+    """
+    if factor.numel() == 0:
+        return factor.sum()
+    return _Concentration.apply(factor, k, norm, columns, start)
 
 
 @dataclass(eq=False)
