@@ -20,10 +20,13 @@ from .training.arguments import RegularizedTrainingArguments
 from .training.callback import RegularizationCallback
 from .training.combinations import refuse_combinations
 from .training.example_ids import EXAMPLE_IDS, with_example_ids
+from .training.finite import FiniteTerms, not_finite
+from .training.fused_step import FusedStep
 from .training.loss_scale import penalty_factor
 from .training.penalty_terms import PenaltyTerms
 from .training.task_loss import TaskLoss
-from .training.terms import Terms
+from .training.teacher_cache import make_teacher_cache
+from .training.terms import Terms, gradient_shares
 
 
 __all__ = ["RegularizedTrainer", "RegularizerMixin"]
@@ -73,7 +76,7 @@ class RegularizerMixin(_Base):
                 given, self._patches, chosen, kwargs.get("optimizers"), kwargs.get("compute_loss_func"), model
             )
         self._step_terms, self._terms, self._eval_terms, self._shares = Terms(), Terms(), Terms(), Terms()
-        self._finite: dict[str, torch.Tensor] = {}
+        self._finite = FiniteTerms()
         self._logged_step, self.skipped_steps = 0, 0
         self._forwards_again = False  # whether penalties need a forward of their own
         super().__init__(*args, **kwargs)
@@ -81,9 +84,10 @@ class RegularizerMixin(_Base):
         bare = self.bare_model
         known = {penalty.name for penalty in chosen}
         chosen += [penalty for penalty in adapter_losses(bare) if penalty.name not in known]
-        self._penalties = PenaltyTerms(chosen, bare, teacher)
+        self._penalties = PenaltyTerms(chosen, bare, teacher, make_teacher_cache(self.args, chosen, self.accelerator))
         if "example_ids" in self._penalties.needs and self.train_dataset is not None:
-            self.train_dataset = with_example_ids(self.train_dataset)
+            self._penalties.dataset = self.train_dataset = with_example_ids(self.train_dataset)
+        self._fused = FusedStep(self)
         self._task = TaskLoss(self.accelerator, getattr(self.args, "average_loss_over", "items"))
         self._plain_loss = super().compute_loss.__func__ is Trainer.compute_loss
         if self._patches:
@@ -107,6 +111,7 @@ class RegularizerMixin(_Base):
         model = super().call_model_init(trial)
         if hasattr(self, "_penalties"):  # a further trial of a hyper-parameter search
             self._penalties.prepare(model)
+            self._fused.forget()
         return patch_model(model, self._patches) if self._patches else model
 
     def _set_signature_columns_if_needed(self) -> None:
@@ -129,6 +134,8 @@ class RegularizerMixin(_Base):
     ) -> Any:
         batch = dict(inputs)  # the trainer below may take the labels out
         inputs = {key: value for key, value in inputs.items() if key != EXAMPLE_IDS}
+        if model.training and not return_outputs and self._fused.applies(inputs, num_items_in_batch):
+            return self._fused_loss(model, batch, num_items_in_batch)
         own_loss = self.label_smoother is not None or self.compute_loss_func is not None
         asks = self._plain_loss and not own_loss and self.model_accepts_loss_kwargs
         if asks and num_items_in_batch is not None:
@@ -174,21 +181,35 @@ class RegularizerMixin(_Base):
         return accepts or self.compute_loss_func is not None
 
     def _regularize(self, loss: torch.Tensor, scaled: bool, inputs: Mapping[str, Any], outputs: Any) -> torch.Tensor:
-        accumulation = self.current_gradient_accumulation_steps
         if self._plain_loss and not scaled and self.label_smoother is None:
-            loss = self._task.weigh(loss, inputs, accumulation)
-        terms = {"task": loss}
-        last = self.accelerator.sync_gradients
-        values = self._penalties(self.bare_model, inputs, outputs, self._progress, parameters=last)
-        for penalty, value in values.items():
-            terms[penalty.name] = value * penalty_factor(scaled, accumulation, penalty.ON_PARAMETERS)
+            loss = self._task.weigh(loss, inputs, self.current_gradient_accumulation_steps)
+        added = self._weighted_penalties(scaled, inputs, outputs)
+        self._note_terms({"task": loss} | added, scaled)
+        return sum(added.values(), loss)
+
+    def _fused_loss(self, model: nn.Module, inputs: Mapping[str, Any], num_items_in_batch: Any) -> torch.Tensor:
+        loss, terms = self._fused(model, inputs, num_items_in_batch)
+        added = self._weighted_penalties(self._is_scaled(num_items_in_batch), inputs, None, batch=False)
+        self._note_terms(terms | added, self._is_scaled(num_items_in_batch))
+        return sum(added.values(), loss)
+
+    def _weighted_penalties(
+        self, scaled: bool, inputs: Mapping[str, Any], outputs: Any, batch: bool = True
+    ) -> dict[str, torch.Tensor]:
+        accumulation, last = self.current_gradient_accumulation_steps, self.accelerator.sync_gradients
+        values = self._penalties(self.bare_model, inputs, outputs, self._progress, parameters=last, batch=batch)
+        return {
+            penalty.name: value * penalty_factor(scaled, accumulation, penalty.ON_PARAMETERS)
+            for penalty, value in values.items()
+        }
+
+    def _note_terms(self, terms: Mapping[str, torch.Tensor], scaled: bool) -> None:
+        self._finite.note(terms)
         for name, term in terms.items():
-            self._step_terms.add(name, term, 1.0 if scaled else 1.0 / accumulation)
-            finite = term.detach().isfinite()
-            self._finite[name] = self._finite[name] & finite if name in self._finite else finite
-        if last and len(terms) > 1 and getattr(self.args, "gradient_shares", False):
-            self._note_shares(terms)
-        return sum(list(terms.values())[1:], loss)
+            self._step_terms.add(name, term, 1.0 if scaled else 1.0 / self.current_gradient_accumulation_steps)
+        if self.accelerator.sync_gradients and len(terms) > 1 and getattr(self.args, "gradient_shares", False):
+            for name, share in gradient_shares(terms, self.bare_model, self.accelerator).items():
+                self._shares.add(name, share)
 
     @property
     def _progress(self) -> tuple[int, int, Sequence[float]]:
@@ -220,35 +241,16 @@ class RegularizerMixin(_Base):
 
     def _check_finite(self, model: nn.Module) -> None:
         """Once an optimizer step: stop, or leave it out, if any term of any process is not finite."""
-        names = sorted(self._finite)
-        bad = self.accelerator.reduce(torch.stack([~self._finite[name] for name in names]).float(), "sum")
-        self._finite = {}
-        found = [name for name, count in zip(names, bad.tolist(), strict=True) if count]
-        if not found:
+        if not (names := self._finite.take(self.accelerator)):
             return
         if getattr(self.args, "on_nonfinite", "raise") == "skip":
             self.skipped_steps += 1
             self._step_terms.clear()
             model.zero_grad(set_to_none=True)  # without gradients an optimizer moves nothing, decay included
             return
-        raise FloatingPointError(
-            f"Step {self.state.global_step + 1}: not finite: the loss term {', '.join(found)}. Training stops; the "
-            f"checkpoints in {self.args.output_dir} are from before this step. Lower the term's weight or the "
-            "learning rate, or set on_nonfinite='skip'."
-        )
+        raise not_finite(names, self.state.global_step + 1, self.args.output_dir)
 
     # logs
-
-    def _note_shares(self, terms: Mapping[str, torch.Tensor]) -> None:
-        if self.accelerator.distributed_type.value in ("FSDP", "DEEPSPEED"):
-            raise ValueError("gradient_shares=True needs whole gradients: not possible under FSDP or DeepSpeed.")
-        parameters = [p for p in self.bare_model.parameters() if p.requires_grad]
-        norms = {}
-        for name, term in terms.items():
-            gradients = torch.autograd.grad(term, parameters, retain_graph=True, allow_unused=True)
-            norms[name] = torch.nn.utils.get_total_norm([g for g in gradients if g is not None])
-        for name, norm in norms.items():
-            self._shares.add(name, norm / sum(norms.values()))
 
     def _note_evaluation(self, inputs: Mapping[str, Any], outputs: Any) -> None:
         examples = len(next(value for value in inputs.values() if isinstance(value, torch.Tensor) and value.dim()))

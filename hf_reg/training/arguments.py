@@ -6,7 +6,7 @@ from dataclasses import dataclass, field
 
 from transformers import TrainingArguments
 
-from ..base import check_choice
+from ..base import check_choice, check_range
 
 
 __all__ = ["RegularizedArguments", "RegularizedTrainingArguments"]
@@ -32,6 +32,17 @@ class RegularizedArguments:
         average_loss_over (`str`, *optional*, defaults to `"items"`):
             What the mean loss of a head that ignores `num_items_in_batch` is over: `"items"` (labels that are not
             -100) or `"examples"` (such as connectionist temporal classification).
+        fused_loss (`bool`, *optional*):
+            Compute the loss of a causal language model with a frozen head (any adapter) in one pass over chunks of
+            positions, so that logits of all positions are never in memory: the same loss, terms and gradients, faster.
+            `None`: where one of the penalties is on logits (BA-LoRA's three, the confidence penalty); `True`: without
+            such penalties too; `False`: never. Where it is not possible, whole logits are used and the log says why.
+        teacher_cache (`str`, *optional*):
+            A folder that keeps the teacher's largest logits of each training example, for further epochs and runs with
+            the same teacher and data. `consistency` then compares these and all others together, from the first
+            epoch on: a lower bound, exact if `teacher_cache_top_k` is the size of the vocabulary.
+        teacher_cache_top_k (`int`, *optional*, defaults to 64):
+            How many logits of a position are kept; 8 bytes each. Our choice.
     """
 
     patches: dict | str | list | None = field(
@@ -48,6 +59,14 @@ class RegularizedArguments:
     average_loss_over: str = field(
         default="items", metadata={"help": "items (labels that are not -100) or examples: what a head's mean is over."}
     )
+    fused_loss: bool | None = field(
+        default=None,
+        metadata={"help": "Loss of a causal language model without whole logits; None: with penalties on logits."},
+    )
+    teacher_cache: str | None = field(
+        default=None, metadata={"help": "Folder that keeps the teacher's largest logits of each training example."}
+    )
+    teacher_cache_top_k: int = field(default=64, metadata={"help": "How many logits of a position are kept there."})
 
     def check_regularization(self) -> None:
         from ..recipes import read_recipe
@@ -55,6 +74,7 @@ class RegularizedArguments:
         owner = type(self).__name__
         check_choice(owner, "on_nonfinite", self.on_nonfinite, ON_NONFINITE)
         check_choice(owner, "average_loss_over", self.average_loss_over, AVERAGES)
+        check_range(owner, "teacher_cache_top_k", self.teacher_cache_top_k, 1, float("inf"))
         self.patches, self.penalties = read_recipe(self.patches), read_recipe(self.penalties)
 
 

@@ -34,7 +34,14 @@ class RegularizationCallback(TrainerCallback):
         if hasattr(tuner, "update_and_allocate"):
             tuner.update_and_allocate(state.global_step)
 
+    def on_epoch_end(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
+        self.trainer._penalties.flush()
+
+    def on_train_end(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
+        self.trainer._penalties.flush()
+
     def on_save(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
+        self.trainer._penalties.flush()
         folder = Path(args.output_dir) / f"checkpoint-{state.global_step}"
         tensors = {
             f"{penalty.name}/{key}": tensor.contiguous()

@@ -2,15 +2,18 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
 import torch
 from torch import nn
 
 from ..base import Penalty
+from ..penalties import TopLogits, top_logits
+from ..penalties.rows import rows
 from .example_ids import EXAMPLE_IDS
 from .teacher import Teacher
+from .teacher_cache import TeacherCache
 
 
 __all__ = ["PenaltyTerms"]
@@ -25,17 +28,28 @@ class PenaltyTerms:
         penalties (sequence of [`Penalty`]): in the order in which they are computed.
         model (`nn.Module`): the unwrapped model as it is before the first step; each penalty may remember it.
         teacher (`nn.Module`, *optional*): a teacher of its own for those that need one.
+        cache ([`TeacherCache`], *optional*): where the teacher's logits of training examples are kept.
     """
 
-    def __init__(self, penalties: Sequence[Penalty], model: nn.Module, teacher: nn.Module | None = None) -> None:
+    def __init__(
+        self,
+        penalties: Sequence[Penalty],
+        model: nn.Module,
+        teacher: nn.Module | None = None,
+        cache: TeacherCache | None = None,
+    ) -> None:
         self.penalties = list(penalties)
-        self.needs = frozenset[str]().union(*(penalty.NEEDS for penalty in self.penalties))
-        self._own_teacher = teacher
+        needs = (penalty.NEEDS for penalty in self.penalties)
+        self.needs = frozenset[str](["example_ids"] if cache is not None else []).union(*needs)
+        self._own_teacher, self.cache = teacher, cache
+        self.dataset: Any = None  # whose examples have the ids, for the cache
         self.prepare(model)
 
     def prepare(self, model: nn.Module) -> None:
         """Start anew from `model`, untrained: anchors and teacher are taken from it."""
         self.teacher = Teacher(model, self._own_teacher) if "teacher" in self.needs else None
+        if self.cache is not None:
+            self.cache.forget()
         for penalty in self.penalties:
             penalty.prepare(model)
 
@@ -96,11 +110,37 @@ class PenaltyTerms:
             )
         forwarded = {key: value for key, value in inputs.items() if key != EXAMPLE_IDS}
         if "teacher" in needs:
-            assert self.teacher is not None
-            object.__setattr__(outputs, "teacher", self.teacher(forwarded))
+            object.__setattr__(outputs, "teacher", self._teacher_outputs(model, inputs, outputs))
         if "second_pass" in needs:
             second = model(**forwarded) if model.training else outputs  # without masks both passes are one
             object.__setattr__(outputs, "second_pass", second)
+
+    def _teacher_outputs(self, model: nn.Module, inputs: Mapping[str, Any], outputs: Any) -> Any:
+        """Of the teacher, or in training its largest logits, if they are kept."""
+        teacher = self.teacher
+        assert teacher is not None
+        forwarded = {key: value for key, value in inputs.items() if key != EXAMPLE_IDS}
+        if self.cache is None or not model.training:
+            return teacher(forwarded)
+        k, penalty = self.cache.top_k, self.cache.penalty
+        mask = penalty.mask(model, inputs, outputs.logits)
+
+        def compute() -> TopLogits:
+            return top_logits(rows(penalty.find_logits(teacher(forwarded)), mask), k, penalty.temperature)
+
+        return self.cached(inputs, mask, compute)
+
+    def cached(
+        self, inputs: Mapping[str, Any], mask: torch.Tensor | None, compute: Callable[[], TopLogits]
+    ) -> TopLogits:
+        """The teacher's largest logits from the cache, or else from `compute`; see [`TeacherCache`]."""
+        assert self.cache is not None and self.teacher is not None
+        return self.cache(inputs, mask, self.teacher, self.dataset, compute)
+
+    def flush(self) -> None:
+        """Write what the cache has not written yet."""
+        if self.cache is not None:
+            self.cache.flush()
 
     @staticmethod
     def _value(penalty: Penalty, model: nn.Module, inputs: Mapping[str, Any], outputs: Any) -> torch.Tensor:

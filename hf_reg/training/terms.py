@@ -2,12 +2,32 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 
 import torch
+from accelerate import Accelerator
+from torch import nn
 
 
-__all__ = ["Terms"]
+__all__ = ["Terms", "gradient_shares"]
+
+
+def gradient_shares(
+    terms: Mapping[str, torch.Tensor], model: nn.Module, accelerator: Accelerator
+) -> dict[str, torch.Tensor]:
+    """Each term's share of the sum of the norms of their gradients; a backward pass for each, and the graph stays.
+
+    Raises:
+        `ValueError`: where parameters are sharded.
+    """
+    if accelerator.distributed_type.value in ("FSDP", "DEEPSPEED"):
+        raise ValueError("gradient_shares=True needs whole gradients: not possible under FSDP or DeepSpeed.")
+    parameters = [p for p in model.parameters() if p.requires_grad]
+    norms = {}
+    for name, term in terms.items():
+        gradients = torch.autograd.grad(term, parameters, retain_graph=True, allow_unused=True)
+        norms[name] = torch.nn.utils.get_total_norm([g for g in gradients if g is not None])
+    return {name: norm / sum(norms.values()) for name, norm in norms.items()}
 
 
 class Terms:
