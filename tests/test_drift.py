@@ -100,6 +100,13 @@ def test_order_of_equal_shapes_in_swapped_values() -> None:
     assert row.overlap == pytest.approx(1, abs=1e-5)
 
 
+def test_rank_above_the_short_side_is_the_whole() -> None:
+    row = one(random(4, 3), random(4, 3), rank=16)
+    assert row.overlap == pytest.approx(1) and row.condition_before == pytest.approx(
+        float(torch.linalg.cond(random(4, 3))), rel=1e-4
+    )
+
+
 def test_half_precision() -> None:
     assert one(random(9, 7).bfloat16(), random(9, 7).half()).vectors < 0.01
 

@@ -18,6 +18,7 @@ from hf_reg.adapters.svd import Factors, decompose, decompose_layers
 SPECTRA: dict[str, Callable[[torch.Tensor], torch.Tensor]] = {
     "power law 0.5": lambda i: i**-0.5,
     "power law 1": lambda i: 1 / i,
+    "power law 2": lambda i: i**-2,
     "steep": lambda i: torch.exp(-i / 10),
     "plateau": lambda i: torch.where(i <= 20, 1.0, 0.3) - 1e-3 * i / i.max(),
     "low rank": lambda i: torch.where(i <= 5, 1 / i, 0.0),
@@ -91,6 +92,24 @@ def test_power_law_through_krylov_steps(monkeypatch: pytest.MonkeyPatch) -> None
     assert overlap(factors, exact(weight, 32)) >= 0.9999 and difference(factors, weight) <= 1e-3
 
 
+def test_new_columns_are_orthonormal_to_the_basis_however_little_is_new() -> None:
+    basis = torch.linalg.qr(random(200, 20)).Q
+    block = basis @ random(20, 5, seed=1) + 1e-5 * random(200, 5, seed=2)
+    new, coefficients = triplets._added(block, basis)
+    every = torch.cat([basis, new], 1)
+    torch.testing.assert_close(every.mT @ every, torch.eye(25), atol=2e-6, rtol=0)
+    torch.testing.assert_close(every @ coefficients, block, atol=1e-5, rtol=1e-5)
+
+
+def test_gram_matrix_is_enough_where_it_is_exact_and_only_there() -> None:
+    weight = known(400, 400, "power law 2").float()
+    left, values, right = triplets.spectrum(weight, 30, 1e-3)
+    assert len(values) == 30 + triplets.PADDING  # refined, though the Gram matrix has lost what it squared
+    assert overlap(Factors(left[:, :30], values[:30], right[:30]), exact(weight, 30)) >= 0.9999
+    orthogonal = torch.linalg.qr(random(300, 300)).Q  # no gap behind any value
+    assert len(triplets.spectrum(orthogonal, 4, 1e-3)[1]) == 300
+
+
 def test_a_smaller_tolerance_is_closer() -> None:
     weight = known(1024, 900, "power law 0.5").float()
     loose, tight = (difference(decompose(weight, 16, tolerance=t), weight) for t in (1e-1, 1e-4))
@@ -143,6 +162,22 @@ def test_autocast_and_reduced_precision_do_not_reach_it() -> None:
     assert not cast.left.requires_grad
 
 
+@pytest.mark.skipif(not hasattr(torch.backends.cuda.matmul, "fp32_precision"), reason="torch 2.9 brought the setting")
+def test_precision_of_a_backend_is_put_back() -> None:
+    matmul = torch.backends.cuda.matmul
+    before = matmul.fp32_precision
+    try:
+        matmul.fp32_precision = "tf32"
+        with triplets.full_precision(torch.ones(1)):
+            assert matmul.fp32_precision == "ieee"
+        assert matmul.fp32_precision == "tf32"
+        with pytest.raises(ValueError, match="rank 9"):
+            decompose(random(3, 3), 9)
+        assert matmul.fp32_precision == "tf32"
+    finally:
+        matmul.fp32_precision = before
+
+
 def assert_equal(one: Factors, two: Factors) -> None:
     assert all(torch.equal(a, b) for a, b in zip(vars(one).values(), vars(two).values(), strict=True))
 
@@ -152,6 +187,7 @@ def test_same_bits_every_time_in_any_order_and_no_random_number_drawn() -> None:
     ranks = {"a": 8, "b": 6}
     state = torch.get_rng_state()
     first = decompose_layers(weights, ranks, progress=False)
+    assert torch.equal(torch.get_rng_state(), state)
     torch.rand(3)
     second = decompose_layers(dict(reversed(weights.items())), ranks, progress=False)
     assert list(first) == ["a", "b"] and list(second) == ["b", "a"]

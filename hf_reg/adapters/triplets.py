@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Iterator
 from contextlib import contextmanager
+from typing import Any
 
 import torch
 
@@ -18,14 +19,23 @@ STEPS = 40  # of block Krylov, at most
 
 @contextmanager
 def full_precision(tensor: torch.Tensor) -> Iterator[None]:
-    """fp32 products are fp32: no autocast, no TF32, no gradient."""
-    before = torch.get_float32_matmul_precision()
-    torch.set_float32_matmul_precision("highest")
+    """fp32 products are fp32: no autocast, no TF32 and no bf16 inside, no gradient."""
+    matmuls: list[Any] = [torch.backends.cuda.matmul, getattr(torch.backends.mkldnn, "matmul", None)]
+    modern = hasattr(matmuls[0], "fp32_precision")  # torch 2.9; the function before it refuses where this was set
+
+    def use(precisions: Any) -> None:
+        if not modern:
+            return torch.set_float32_matmul_precision(precisions)
+        for each, precision in zip(matmuls, precisions, strict=True):
+            each.fp32_precision = precision
+
+    before = [each.fp32_precision for each in matmuls] if modern else torch.get_float32_matmul_precision()
+    use(["ieee", "ieee"] if modern else "highest")
     try:
         with torch.no_grad(), exactly(tensor):
             yield
     finally:
-        torch.set_float32_matmul_precision(before)
+        use(before)
 
 
 def _added(block: torch.Tensor, basis: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
