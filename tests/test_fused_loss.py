@@ -2,22 +2,23 @@
 
 from __future__ import annotations
 
-import logging
 from dataclasses import replace
 from typing import Any
 
 import pytest
 import torch
-import transformers as hf
-from peft import LoraConfig, get_peft_model
-from torch import nn
 from torch.nn import functional
 
-from hf_reg import RegularizedTrainer, penalties as P
-from hf_reg.losses import CannotFuse, HeadSpectrum, LinearHead, RowWeights, find_head, fused_loss, recognize
-from hf_reg.losses import fused as fused_module, top_logits_of
+from hf_reg import penalties as P
+from hf_reg.losses import (
+    HeadSpectrum,
+    LinearHead,
+    RowWeights,
+    fused_loss,
+    top_logits_of,
+)
+from hf_reg.losses import fused as fused_module
 from hf_reg.losses.row_terms import largest
-from hf_reg.training.loss_scale import evaluating
 
 
 D = torch.float64

@@ -13,7 +13,7 @@ import torch
 from rich.console import Console
 from rich.table import Table
 
-from . import drophead, svd, tlm, trainer
+from . import balora, drophead, svd, tlm, trainer
 from .timing import Row
 
 
@@ -49,11 +49,11 @@ def markdown(rows: list[Row], rounds: int) -> str:
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__)
     parser.add_argument("--rounds", type=int, default=31)
-    parser.add_argument("--only", choices=("tlm", "drophead", "trainer", "svd"))
+    parser.add_argument("--only", choices=("tlm", "drophead", "trainer", "svd", "balora"))
     options = parser.parse_args()
     torch.set_num_threads(1)
     rows = []
-    for name, module in (("tlm", tlm), ("drophead", drophead), ("trainer", trainer), ("svd", svd)):
+    for name, module in (("tlm", tlm), ("drophead", drophead), ("trainer", trainer), ("svd", svd), ("balora", balora)):
         if options.only in (None, name):
             rows += module.run(options.rounds)
     table = Table(title="ratios of this run", title_justify="left")
