@@ -5,6 +5,7 @@ from typing import TYPE_CHECKING, Any
 
 
 if TYPE_CHECKING:
+    from .adapters import BALoraConfig, SorsaConfig, get_regularized_peft_model
     from .description import describe
     from .dropout import set_dropout
     from .overfit import diagnose
@@ -16,6 +17,9 @@ if TYPE_CHECKING:
 __version__ = "0.1.0"
 
 _HOME = {
+    "BALoraConfig": "adapters",
+    "SorsaConfig": "adapters",
+    "get_regularized_peft_model": "adapters",
     "describe": "description",
     "diagnose": "overfit",
     "early_stopping": "stopping",
@@ -28,8 +32,9 @@ _HOME = {
     "RegularizedTrainingArguments": "training.arguments",
 }
 __all__ = [
-    "RegularizedTrainer", "RegularizedTrainingArguments", "RegularizerMixin", "describe", "diagnose", "early_stopping",
-    "patch_model", "patched", "set_dropout", "unpatch_model",
+    "BALoraConfig", "RegularizedTrainer", "RegularizedTrainingArguments", "RegularizerMixin", "SorsaConfig",
+    "describe", "diagnose", "early_stopping", "get_regularized_peft_model", "patch_model", "patched", "set_dropout",
+    "unpatch_model",
 ]  # fmt: skip
 
 

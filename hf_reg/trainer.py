@@ -72,9 +72,9 @@ class RegularizerMixin(_Base):
         chosen = make_penalties(penalties if penalties is not None else getattr(given, "penalties", None))
         if given is not None:
             model = kwargs.get("model", args[0] if args else None)
-            refuse_combinations(
-                given, self._patches, chosen, kwargs.get("optimizers"), kwargs.get("compute_loss_func"), model
-            )
+            brought = adapter_losses(model, given.learning_rate, chosen)
+            own = kwargs.get("optimizers"), kwargs.get("compute_loss_func")
+            refuse_combinations(given, self._patches, chosen, brought, *own, model)
         self._step_terms, self._terms, self._eval_terms, self._shares = Terms(), Terms(), Terms(), Terms()
         self._finite = FiniteTerms()
         self._logged_step, self.skipped_steps = 0, 0
@@ -82,8 +82,7 @@ class RegularizerMixin(_Base):
         super().__init__(*args, **kwargs)
         check_launch(self.args, self.accelerator)
         bare = self.bare_model
-        known = {penalty.name for penalty in chosen}
-        chosen += [penalty for penalty in adapter_losses(bare) if penalty.name not in known]
+        chosen += adapter_losses(bare, self.args.learning_rate, chosen)
         self._penalties = PenaltyTerms(chosen, bare, teacher, make_teacher_cache(self.args, chosen, self.accelerator))
         if "example_ids" in self._penalties.needs and self.train_dataset is not None:
             self._penalties.dataset = self.train_dataset = with_example_ids(self.train_dataset)
@@ -277,6 +276,7 @@ class RegularizerMixin(_Base):
             if self.penalties:
                 logs |= {f"loss_{name}": value / steps for name, value in terms.items()}
             logs |= {f"share_{name}": value for name, value in self._shares.mean(self._over_processes).items()}
+            logs |= self._around.measured.mean(self._over_processes)
             if self.skipped_steps:
                 logs["skipped_steps"] = float(self.skipped_steps)
             self._logged_step = self.state.global_step

@@ -16,7 +16,20 @@ from hf_reg.distributed import named_whole_parameters
 from .precision import exactly, widen
 
 
-__all__ = ["Orthonormality", "orthonormality"]
+__all__ = ["Orthonormality", "orthonormality", "slope"]
+
+
+def _error(matrix: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
+    """E = M M^T - I over the short side, and its Frobenius norm."""
+    short = matrix if matrix.shape[0] <= matrix.shape[1] else matrix.mT
+    error = short @ short.mT
+    error.diagonal().sub_(1)
+    return error, torch.linalg.vector_norm(error)
+
+
+def _gradient(matrix: torch.Tensor, error: torch.Tensor, norm: torch.Tensor, squared: bool) -> torch.Tensor:
+    error = error * (4.0 if squared else torch.where(norm > 0, 2 / norm, 0.0))
+    return error @ matrix if matrix.shape[0] <= matrix.shape[1] else matrix @ error
 
 
 class _Distance(torch.autograd.Function):
@@ -25,11 +38,7 @@ class _Distance(torch.autograd.Function):
     @staticmethod
     def forward(ctx: Any, matrix: torch.Tensor, squared: bool) -> torch.Tensor:
         with exactly(matrix):
-            wide = widen(matrix)
-            short = wide if wide.shape[0] <= wide.shape[1] else wide.mT
-            error = short @ short.mT
-            error.diagonal().sub_(1)
-            norm = torch.linalg.vector_norm(error)
+            error, norm = _error(widen(matrix))
         ctx.save_for_backward(matrix, error, norm)
         ctx.squared = squared
         return norm.square() if squared else norm
@@ -38,12 +47,17 @@ class _Distance(torch.autograd.Function):
     @once_differentiable
     def backward(ctx: Any, grad: torch.Tensor) -> tuple[torch.Tensor, None]:
         matrix, error, norm = ctx.saved_tensors
-        scale = 4 * grad if ctx.squared else torch.where(norm > 0, 2 * grad / norm, 0.0)
         with exactly(matrix):
-            wide = widen(matrix)
-            error = error * scale
-            slope = error @ wide if wide.shape[0] <= wide.shape[1] else wide @ error
-        return slope.to(matrix.dtype), None
+            return (_gradient(widen(matrix), error, norm, ctx.squared) * grad).to(matrix.dtype), None
+
+
+def slope(matrix: torch.Tensor, *, squared: bool = False) -> tuple[torch.Tensor, torch.Tensor]:
+    """[`orthonormality`] of a matrix and its gradient, of the shape and dtype of `matrix`, without autograd."""
+    with torch.no_grad(), exactly(matrix):
+        wide = widen(matrix)
+        error, norm = _error(wide)
+        gradient = _gradient(wide, error, norm, squared).to(matrix.dtype)
+    return norm.square() if squared else norm, gradient
 
 
 def orthonormality(matrix: torch.Tensor, *, squared: bool = False) -> torch.Tensor:

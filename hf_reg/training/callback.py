@@ -9,6 +9,8 @@ from safetensors.torch import load_file, save_file
 from transformers import TrainerCallback
 
 from ..distributed import data_parallel, seed_rank
+from .adapter_losses import adapters_in_training, after_optimizer
+from .terms import Terms
 
 
 if TYPE_CHECKING:
@@ -24,15 +26,29 @@ class RegularizationCallback(TrainerCallback):
 
     def __init__(self, trainer: RegularizerMixin) -> None:
         self.trainer = trainer
+        self.measured = Terms()  # what adapters measured after the steps since the last log
+        self._skipped = 0
 
     def on_train_begin(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
         self.trainer._logged_step = state.global_step
+        for name, config in adapters_in_training(self.trainer.bare_model):
+            if getattr(config, "orthonormality", "off") == "decoupled" and self.trainer.is_deepspeed_enabled:
+                raise ValueError(
+                    f"Adapter {name!r} takes a step of its own after the optimizer's (orthonormality='decoupled'), "
+                    "which DeepSpeed's copies of the weights would undo. Set orthonormality='coupled', or use FSDP2."
+                )
         seed_rank(args.seed, data_parallel(self.trainer.accelerator)[0])
 
     def on_optimizer_step(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
         tuner: Any = getattr(self.trainer.bare_model, "base_model", None)
         if hasattr(tuner, "update_and_allocate"):
             tuner.update_and_allocate(state.global_step)
+        skipped, self._skipped = self.trainer.skipped_steps > self._skipped, self.trainer.skipped_steps
+        if skipped or self.trainer.accelerator.optimizer_step_was_skipped:
+            return
+        share = kwargs["optimizer"].param_groups[0]["lr"] / args.learning_rate if args.learning_rate else 0.0
+        for name, value in after_optimizer(self.trainer.bare_model, share).items():
+            self.measured.add(name, value)
 
     def on_epoch_end(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
         self.trainer._penalties.flush()

@@ -19,14 +19,17 @@ def refuse_combinations(
     args: TrainingArguments,
     patches: Sequence[Patch],
     penalties: Sequence[Penalty],
+    brought: Sequence[Penalty],
     optimizers: Any,
     compute_loss_func: Callable[..., Any] | None,
     model: nn.Module | None,
 ) -> None:
-    """Raise `ValueError` for the first combination that would be wrong without a word."""
-    names = ", ".join(penalty.name for penalty in penalties)
-    outputs = [penalty.name for penalty in penalties if "logits" in penalty.NEEDS]
-    parameters = [penalty.name for penalty in penalties if penalty.ON_PARAMETERS]
+    """Raise `ValueError` for the first combination that would be wrong without a word; `brought` are the penalties
+    that come with an adapter, which an optimizer may know already."""
+    every = [*penalties, *brought]
+    names = ", ".join(penalty.name for penalty in every)
+    outputs = [penalty.name for penalty in every if "logits" in penalty.NEEDS]
+    parameters = [penalty.name for penalty in every if penalty.ON_PARAMETERS]
     optimizer = optimizers[0] if optimizers else None
     if optimizer is not None and (patches or penalties):
         raise ValueError(
@@ -54,7 +57,7 @@ def refuse_combinations(
             f"Checkpointing with preserve_rng_state=False draws other masks in the recomputation, so the gradients of "
             f"{', '.join(patch.name for patch in patches)} would be wrong. Leave preserve_rng_state at True."
         )
-    if compute_loss_func is not None and penalties:
+    if compute_loss_func is not None and every:
         parameters_of = inspect.signature(compute_loss_func).parameters
         if "num_items_in_batch" not in parameters_of:
             raise ValueError(
@@ -62,7 +65,7 @@ def refuse_combinations(
                 f"scaled: with {names} beside it the proportion would change with accumulation. Divide its sum by "
                 "num_items_in_batch."
             )
-    if (patches or penalties) and args.n_gpu > 1:
+    if (patches or every) and args.n_gpu > 1:
         raise ValueError(
             "Several GPUs in one process (torch.nn.DataParallel) give one stream of masks and no parameter gradients "
             "for penalties. Launch one process a GPU: `torchrun --nproc_per_node N` or `accelerate launch`."
