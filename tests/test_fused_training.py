@@ -13,7 +13,7 @@ from typing import Any
 import pytest
 import torch
 import transformers as hf
-from peft import LoraConfig, get_peft_model
+from peft import LoraConfig, PromptTuningConfig, get_peft_model
 from torch import nn
 
 from hf_reg import RegularizedTrainer, RegularizedTrainingArguments
@@ -44,7 +44,8 @@ def made_trainer(
     args = RegularizedTrainingArguments(
         "unused", **{"max_steps": steps, "per_device_train_batch_size": batch, "learning_rate": 0.01, "use_cpu": True,
         "optim": "sgd", "gradient_accumulation_steps": accumulation, "report_to": [], "save_strategy": "no",
-        "logging_steps": 1, "disable_tqdm": True, "train_sampling_strategy": "sequential", "max_grad_norm": 0.0} | settings,
+        "logging_steps": 1, "disable_tqdm": True, "train_sampling_strategy": "sequential", "max_grad_norm": 0.0}
+        | settings,
     )  # fmt: skip
     spy = Spy()
     made = kind(
@@ -137,6 +138,19 @@ def test_schedules_patches_and_penalties_on_parameters_beside_it() -> None:
     assert "loss_diversity" not in history(ours)[0] and "loss_diversity" in history(ours)[-1]
 
 
+def test_gradient_checkpointing() -> None:
+    ours, other = (double(penalties=TERMS["iclr2026"](), gradient_checkpointing=fused is None, fused_loss=fused)
+                   for fused in (None, False))  # fmt: skip
+    same(ours, other, 2e-6)
+
+
+def test_settings_from_a_command_line() -> None:
+    parser = hf.HfArgumentParser(RegularizedTrainingArguments)
+    for text, wanted in (("", None), ("--fused_loss True", True), ("--fused_loss False", False)):
+        (args,) = parser.parse_args_into_dataclasses([*text.split(), "--teacher_cache", "there"])
+        assert args.fused_loss is wanted and (args.teacher_cache, args.teacher_cache_top_k) == ("there", 64)
+
+
 def test_a_batch_in_which_nothing_counts() -> None:
     data = rows("lora/llama")
     for row in data[:2]:
@@ -221,6 +235,10 @@ def summed(outputs: Any, labels: torch.Tensor, num_items_in_batch: Any = None) -
     return nn.functional.cross_entropy(logits, targets, reduction="sum") / num_items_in_batch
 
 
+def prompted() -> nn.Module:
+    return get_peft_model(llama(), PromptTuningConfig(task_type="CAUSAL_LM", num_virtual_tokens=3))
+
+
 WHOLE = {"remove_unused_columns": False}
 NOT: dict[str, tuple[dict[str, Any], str]] = {
     "trained head": ({"model": lambda: llama(), "penalties": {"confidence": 0.1}}, "head .* is trained"),
@@ -239,6 +257,7 @@ NOT: dict[str, tuple[dict[str, Any], str]] = {
     "twice": (
         {"penalties": [P.Confidence(), P.Diversity(top_k=None)]}, "the penalty diversity is the second of its kind"
     ),
+    "more positions": ({"model": prompted, "penalties": {"l2": 0.1}}, "PeftModelForCausalLM adds 3 positions of its own"),
     "smoothing": ({"label_smoothing_factor": 0.1}, "label smoothing looks at whole logits"),
     "function": ({"compute_loss_func": summed}, "compute_loss_func looks at whole logits"),
     "shares": ({"gradient_shares": True}, "gradient_shares needs a gradient for each term"),

@@ -37,7 +37,7 @@ logger = logging.get_logger("transformers.hf_reg")
 FUSED: dict[type[Penalty], str] = {
     Consistency: "consistency", Diversity: "diversity", Confidence: "confidence", SvdConcentration: "concentration",
 }  # fmt: skip
-BATCH = {"input_ids", "attention_mask", "position_ids", "labels", EXAMPLE_IDS}
+BATCH = {"input_ids", "attention_mask", "position_ids", "token_type_ids", "labels", EXAMPLE_IDS}
 TRIAL = 16  # tokens
 
 
@@ -136,6 +136,8 @@ class FusedStep:
         with evaluating(model):
             arguments = {"num_items_in_batch": count} if divides else {}
             self.head, (outputs, hidden, dtype) = recognize(model, head, tokens, **arguments)
+            if len(hidden) != tokens.shape[1]:
+                raise CannotFuse(f"{type(model).__name__} adds {len(hidden) - tokens.shape[1]} positions of its own")
             weight = 1 / count if divides else count.new_tensor(1 / (tokens.shape[1] - 1))
             loss, _ = fused_loss(hidden[:-1], tokens[0, 1:], self.head.to(dtype), RowWeights(weight))
             if not torch.allclose(loss.float(), outputs.loss.float(), rtol=TOLERANCES[dtype], atol=0):
