@@ -14,6 +14,7 @@ from torch import nn
 
 from hf_reg.tables import Shown
 
+from .linear import SvdLinear
 from .svd import readable, widened
 from .triplets import full_precision
 
@@ -160,6 +161,9 @@ def _adapted(layer: Any) -> torch.Tensor:
         return layer
     if getattr(layer, "merged", False):
         raise ValueError("Its adapter is merged into the base weight. Call model.unmerge_adapter() first.")
+    if isinstance(layer, SvdLinear):
+        adapters = [name for name in layer.active_adapters if name in layer.lora_A]
+        return sum((layer.change(name) for name in adapters), readable(layer.pretrained_weight()).float())
     variants = getattr(layer, "lora_variant", {})
     if not hasattr(layer, "get_delta_weight") or any(adapter in variants for adapter in layer.active_adapters):
         raise ValueError(
@@ -262,7 +266,10 @@ def spectrum_drift(
     if base is None:
         after = {name: layer for name, layer in after.items() if isinstance(layer, nn.Module)}
         _check_own_base(tuned, after)
-        before = {name: layer.get_base_layer().weight for name, layer in after.items()}
+        before = {
+            name: layer.pretrained_weight() if isinstance(layer, SvdLinear) else layer.get_base_layer().weight
+            for name, layer in after.items()
+        }
     else:
         before = _named(base, "base")
     names = _select(list(dict.fromkeys([*after, *before])), target_modules)

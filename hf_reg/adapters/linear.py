@@ -171,6 +171,21 @@ class SvdLinear(Linear):
         left, right = product_factors(a, b, values, start.a, start.b, start.values, torch.float32)
         return right, left * self.scaling[adapter_name]
 
+    def pretrained_weight(self) -> torch.Tensor:
+        """The weight (out, in) as it was before any adapter, dequantised; to rounding where an adapter is folded."""
+        weight = base_weight(self.get_base_layer())
+        for name, start in getattr(self, "lora_start", {}).items():
+            if start.folded:
+                weight = weight.to(torch.float32) + start.product() * self.scaling[name]
+        return weight
+
+    def change(self, adapter_name: str) -> torch.Tensor:
+        """What an adapter adds to the pretrained weight (out, in), in fp32."""
+        if not self.is_svd(adapter_name):
+            return transpose(self.get_delta_weight(adapter_name), self.fan_in_fan_out).float()
+        down, up = self.plain_factors(adapter_name)
+        return up @ down
+
     def is_svd(self, adapter_name: str) -> bool:
         return isinstance(self.lora_variant.get(adapter_name), _SvdVariant)
 
@@ -212,6 +227,7 @@ class SvdLinear(Linear):
         if not hasattr(self, "lora_start"):
             return result
         for name, start in self.lora_start.items():
+            assert isinstance(start, Start)
             active = not self.disable_adapters and (name in self.active_adapters or name in self.merged_adapters)
             if start.folded and not active:
                 factors = start.a, start.b, start.values, None, None, None
