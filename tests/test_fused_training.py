@@ -235,6 +235,21 @@ def summed(outputs: Any, labels: torch.Tensor, num_items_in_batch: Any = None) -
     return nn.functional.cross_entropy(logits, targets, reduction="sum") / num_items_in_batch
 
 
+class MuteForCausalLM(hf.LlamaForCausalLM):
+    """With a fused loss of its own."""
+
+    def forward(self, *args: Any, **kwargs: Any) -> Any:
+        outputs = super().forward(*args, **kwargs)
+        outputs.logits = None
+        return outputs
+
+
+def compiled() -> nn.Module:
+    model = peft(llama())
+    model.base_model.model.model.layers[0].compile(backend="eager")
+    return model
+
+
 def prompted() -> nn.Module:
     return get_peft_model(llama(), PromptTuningConfig(task_type="CAUSAL_LM", num_virtual_tokens=3))
 
@@ -257,7 +272,11 @@ NOT: dict[str, tuple[dict[str, Any], str]] = {
     "twice": (
         {"penalties": [P.Confidence(), P.Diversity(top_k=None)]}, "the penalty diversity is the second of its kind"
     ),
-    "more positions": ({"model": prompted, "penalties": {"l2": 0.1}}, "PeftModelForCausalLM adds 3 positions of its own"),
+    "more positions": ({"model": prompted, "penalties": {"l2": 0.1}}, "adds 3 positions of its own"),
+    "compiled": ({"model": compiled}, "the model is compiled"),
+    "no logits": (
+        {"model": lambda: peft(llama(MuteForCausalLM)), "penalties": {"l2": 0.1}} | WHOLE, "returns logits None"
+    ),
     "smoothing": ({"label_smoothing_factor": 0.1}, "label smoothing looks at whole logits"),
     "function": ({"compute_loss_func": summed}, "compute_loss_func looks at whole logits"),
     "shares": ({"gradient_shares": True}, "gradient_shares needs a gradient for each term"),

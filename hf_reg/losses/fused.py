@@ -23,7 +23,7 @@ __all__ = ["fused_loss", "top_logits_of"]
 # logits of a chunk, which is multiplied at once, and of a block of it, whose terms are computed while it is in cache
 CHUNK = {"cpu": 1 << 23}
 BLOCK = {"cpu": 1 << 19}
-ELSEWHERE = 1 << 26
+ELSEWHERE = 1 << 25
 
 
 def _parts(rows: int, width: int, device: torch.device, sizes: dict[str, int]) -> Iterator[slice]:

@@ -174,7 +174,11 @@ def recognize(model: nn.Module, head: nn.Linear, tokens: torch.Tensor, **argumen
     config = config.get_text_config() if hasattr(config, "get_text_config") else config
     with head_input(head, scale_to=LARGE) as found:
         outputs = model(input_ids=tokens, labels=tokens, **arguments)
-    hidden, logits = found.take()[0], outputs.logits[0]
+    hidden, logits = found.take()[0], getattr(outputs, "logits", None)
+    if logits is None or logits.shape != (1, len(hidden), len(head.weight)):
+        shape = None if logits is None else tuple(logits.shape)
+        raise CannotFuse(f"{type(model).__name__} returns logits {shape}, not those of every position and token")
+    logits = logits[0]
     with exactly(logits):
         for scale, cap in _transforms(config):
             ours = LinearHead(head.weight, head.bias, scale, cap)

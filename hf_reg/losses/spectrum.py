@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterator
+
 import torch
 
 from ..penalties.precision import exactly, widen
@@ -38,19 +40,18 @@ class HeadSpectrum:
                 root = vectors * values.clamp(min=0).sqrt()
             self.root = root.to(torch.promote_types(head.weight.dtype, torch.float32))
 
-    def _weight_parts(self) -> list[torch.Tensor]:
-        return [self._weight(start) for start in range(0, len(self.head.weight), ROWS)]
-
-    def _weight(self, start: int) -> torch.Tensor:
-        weight = widen(self.head.weight[start : start + ROWS])
-        if self.head.bias is not None:
-            weight = torch.cat([weight, widen(self.head.bias[start : start + ROWS, None])], dim=1)
-        return weight * self.head.scale
+    def _weight_parts(self) -> Iterator[torch.Tensor]:
+        """W, and the bias as its last column, some rows at a time; a scale would cancel in the ratio."""
+        for start in range(0, len(self.head.weight), ROWS):
+            weight = widen(self.head.weight[start : start + ROWS])
+            if self.head.bias is not None:
+                weight = torch.cat([weight, widen(self.head.bias[start : start + ROWS, None])], dim=1)
+            yield weight
 
     def _start(self, k: int) -> torch.Tensor:
         """W^T times the random block with which the penalty starts on Z, so that both find the same."""
         if k not in self._starts:
-            with torch.no_grad():
+            with torch.no_grad(), exactly(self.root):
                 block = starting_block(len(self.head.weight), k, self.root)
                 pairs = zip(self._weight_parts(), block.split(ROWS), strict=True)
                 self._starts[k] = torch.stack([part.mT @ some for part, some in pairs]).sum(0)

@@ -41,6 +41,10 @@ BATCH = {"input_ids", "attention_mask", "position_ids", "token_type_ids", "label
 TRIAL = 16  # tokens
 
 
+def _is_compiled(model: nn.Module) -> bool:
+    return any(hasattr(one, "_orig_mod") or one._compiled_call_impl is not None for one in model.modules())
+
+
 def _part(penalty: Penalty) -> str:
     """Which term of [`fused_loss`] a penalty is, or the concentration."""
     if isinstance(penalty, Diversity) and penalty.top_k is None:  # the entropy of the whole vocabulary
@@ -96,7 +100,8 @@ class FusedStep:
             (trainer.label_smoother is not None, "label smoothing looks at whole logits"),
             (trainer.compute_loss_func is not None, "compute_loss_func looks at whole logits"),
             (getattr(args, "gradient_shares", False), "gradient_shares needs a gradient for each term"),
-            (args.torch_compile, "the model is compiled"),
+            (args.torch_compile or _is_compiled(trainer.model), "the model is compiled"),
+            (args.n_gpu > 1, "torch.nn.DataParallel copies the model"),
             (kind in ("FSDP", "DEEPSPEED", "MEGATRON_LM"), f"{kind} may shard the head"),
             (getattr(config, "non_data_parallel_size", 1) > 1, "tensor or context parallelism splits a batch"),
         ):
