@@ -7,6 +7,7 @@ import logging
 import re
 import sys
 from collections.abc import Callable
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -138,6 +139,29 @@ def test_schedules_patches_and_penalties_on_parameters_beside_it() -> None:
     assert "loss_diversity" not in history(ours)[0] and "loss_diversity" in history(ours)[-1]
 
 
+def padded(found: list[dict[str, torch.Tensor]], side: str) -> dict[str, torch.Tensor]:
+    """A collator: each row loses two tokens more than the last, and is padded to the longest."""
+    kept = [{key: row[key][: 12 - 2 * index] for key in ("input_ids", "labels")} for index, row in enumerate(found)]
+    for row in kept:
+        row["attention_mask"] = torch.ones_like(row["input_ids"])
+    fill = {"input_ids": 0, "labels": -100, "attention_mask": 0}
+    pad = nn.utils.rnn.pad_sequence
+    batch = {key: pad([row[key] for row in kept], True, value, side) for key, value in fill.items()}
+    ids = {"example_ids": torch.tensor([row["example_ids"] for row in found])} if "example_ids" in found[0] else {}
+    return batch | ids
+
+
+@pytest.mark.parametrize("side", ["left", "right"])
+def test_padding(side: str, tmp_path: Path) -> None:
+    ours, other, cached = (
+        double(penalties=TERMS["iclr2026"](), data_collator=partial(padded, side=side), fused_loss=fused,
+               teacher_cache=folder and str(folder), teacher_cache_top_k=64)
+        for fused, folder in ((None, None), (False, None), (None, tmp_path))
+    )  # fmt: skip
+    same(ours, other, 2e-6)
+    same(cached, other, 2e-6)
+
+
 def test_gradient_checkpointing() -> None:
     ours, other = (double(penalties=TERMS["iclr2026"](), gradient_checkpointing=fused is None, fused_loss=fused)
                    for fused in (None, False))  # fmt: skip
@@ -189,6 +213,13 @@ def test_logits_of_other_families(kind: str) -> None:
     assert (head.scale, head.cap) == {"cohere": (0.25, None), "granite": (0.25, None), "gemma2": (1.0, 30.0)}.get(
         kind, (1.0, None)
     )
+
+
+def test_a_cap_that_is_configured_and_not_used_is_not_used() -> None:
+    model = make("lora/llama")
+    model.config.final_logit_softcapping, model.config.logit_scale = 30.0, 0.5
+    head = run([P.Confidence(weight=0.2)], model=model)._fused.head
+    assert head is not None and (head.scale, head.cap) == (1.0, None)
 
 
 class OddForCausalLM(hf.LlamaForCausalLM):

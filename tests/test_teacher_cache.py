@@ -15,6 +15,7 @@ from torch.utils.data import Dataset
 from hf_reg import penalties as P
 from hf_reg.training.fingerprints import data_fingerprint, example_hashes, teacher_fingerprint
 from hf_reg.training.teacher import Teacher
+from hf_reg.training.teacher_cache import TeacherCache
 from hf_reg.training.teacher_store import TeacherStore
 
 from .distributed.heads import VOCABULARY, difference, make, rows
@@ -218,6 +219,34 @@ def test_a_store_sees_what_others_write(tmp_path: Path) -> None:
         assert store.find(8, 124).values.shape == (0, 3)
         with pytest.raises(ValueError, match="Example 7 has other tokens"):
             store.find(7, 124)
+
+
+def test_processes_read_what_others_computed(tmp_path: Path) -> None:
+    asked: list[str] = []
+
+    def ask(name: str, cache: TeacherCache, first: int) -> P.TopLogits:
+        part = rows(HEAD)[first : first + 2]
+        batch = {key: torch.stack([row[key] for row in part]) for key in part[0]}
+        mask = P.answer_mask(model, batch, batch["labels"][..., None])
+        assert mask is not None
+
+        def compute() -> P.TopLogits:
+            asked.append(name)
+            return P.top_logits(torch.arange(int(mask.sum()) * 9.0).reshape(-1, 9) + first, 3, 2.0)
+
+        ids = {"example_ids": torch.arange(first, first + 2)}
+        return cache(batch | ids, mask, Teacher(model), rows(HEAD), compute)
+
+    model = make(HEAD)
+    one, two = (TeacherCache(str(tmp_path), 3, [P.Consistency()], "no") for _ in range(2))
+    ask("one", one, 0)
+    ask("two", two, 2)
+    for cache in (one, two):
+        cache.flush()
+    for first in (0, 2, 1):
+        found, other = ask("one", one, first), ask("two", two, first)
+        assert all(torch.equal(getattr(found, part), getattr(other, part)) for part in P.TopLogits.__annotations__)
+    assert asked == ["one", "two"]
 
 
 @pytest.mark.distributed
