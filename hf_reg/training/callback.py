@@ -53,9 +53,6 @@ class RegularizationCallback(TrainerCallback):
     def on_epoch_end(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
         self.trainer._penalties.flush()
 
-    def on_train_end(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
-        self.trainer._penalties.flush()
-
     def on_save(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
         self.trainer._penalties.flush()
         folder = Path(args.output_dir) / f"checkpoint-{state.global_step}"
