@@ -6,6 +6,7 @@ from dataclasses import dataclass
 
 import torch
 
+from ..penalties.rows import LOWEST
 from ..penalties.truncation import TopLogits, rest
 
 
@@ -90,8 +91,8 @@ def row_terms(
         found[3] = negative[:, 0]
         shifted.sub_(negative).mul_(raised).mul_(weights.confidence / raised_sum)
 
-    slope = logits
-    if isinstance(teacher, torch.Tensor) and tempered is not None:
+    scale, likely, seen = weights.consistency * temperature, None, None
+    if tempered is not None and isinstance(teacher, torch.Tensor):
         teacher_highest = teacher.amax(-1, keepdim=True)
         likely = torch.sub(teacher, teacher_highest).mul_(1 / temperature).exp_()
         likely_sum = likely.sum(-1, keepdim=True)
@@ -99,14 +100,15 @@ def row_terms(
         mean = teacher.sub_(logits).mul_(likely).sum(-1)
         offset = (highest - teacher_highest) / temperature + (tempered_sum.log() - likely_sum.log())
         found[1] = temperature**2 * (mean / temperature + offset[:, 0])
-        torch.mul(raised, weights.task / raised_sum, out=slope)
-        scale = weights.consistency * temperature
+    elif tempered is not None and isinstance(teacher, TopLogits):
+        seen = (logits.gather(1, teacher.indices.long()) - highest) / temperature - tempered_sum.log()
+
+    slope = torch.mul(raised, weights.task / raised_sum, out=logits)
+    if likely is not None and tempered is not None:
         slope.addcmul_(tempered, scale / tempered_sum).add_(likely, alpha=-scale)
-    elif isinstance(teacher, TopLogits) and tempered is not None:
-        torch.mul(raised, weights.task / raised_sum, out=slope)
-        found[1] = _truncated(slope, teacher, tempered, tempered_sum, weights)
-    else:
-        torch.mul(raised, weights.task / raised_sum, out=slope)
+    elif seen is not None and tempered is not None:
+        assert isinstance(teacher, TopLogits)
+        found[1] = temperature**2 * _truncated(slope, teacher, tempered, tempered_sum, seen, scale, temperature)
     if shifted is not None:
         slope.add_(shifted)
     if weights.diversity:
@@ -119,19 +121,23 @@ def row_terms(
 
 
 def _truncated(
-    slope: torch.Tensor, teacher: TopLogits, tempered: torch.Tensor, total: torch.Tensor, weights: RowWeights
+    slope: torch.Tensor,
+    teacher: TopLogits,
+    tempered: torch.Tensor,
+    total: torch.Tensor,
+    log_q: torch.Tensor,
+    scale: float,
+    temperature: float,
 ) -> torch.Tensor:
-    """[`truncated_consistency`] of each row; adds its gradient to `slope` and takes the top out of `tempered`."""
-    temperature, columns = weights.temperature, teacher.indices.long()
-    log_p = teacher.log_probabilities(temperature)
-    p, q = log_p.exp(), tempered.gather(1, columns) / total
-    value = (p * (log_p - q.log().clamp(min=-1e30))).sum(-1)
-    scale = weights.consistency * temperature
+    """The divergence over k + 1 events of each row, (m,); adds its gradient, times `scale`, to `slope` and takes the
+    top out of `tempered`, the student's exp(z / T) with the sum `total`; `log_q` (m, k) is of the top."""
+    columns, log_p = teacher.indices.long(), teacher.log_probabilities(temperature)
+    value = (log_p.exp() * (log_p - log_q)).sum(-1)
     if columns.shape[-1] < slope.shape[-1]:
         others = tempered.scatter_(1, columns, 0.0).sum(-1, keepdim=True) / total
         log_rest = rest(log_p)[:, None]
-        value = value + (log_rest.exp() * (log_rest - others.log().clamp(min=-1e30)))[:, 0]
+        value = value + (log_rest.exp() * (log_rest - others.log().clamp(min=LOWEST)))[:, 0]
         ratio = torch.where(others > 0, log_rest.exp() / others, 0.0)
         slope.addcmul_(tempered, (1 - ratio) * scale / total)
-    slope.scatter_add_(1, columns, (q - p) * scale)
-    return temperature**2 * value
+    slope.scatter_add_(1, columns, (log_q.exp() - log_p.exp()) * scale)
+    return value
