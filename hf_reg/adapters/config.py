@@ -83,9 +83,9 @@ class SvdAdapterConfig(LoraConfig):
             raise ValueError(f"{name}: alpha_pattern is given, but lora_alpha is None (no scaling). Give lora_alpha.")
         if not self.svd_tolerance > 0:
             raise ValueError(f"{name}: svd_tolerance={self.svd_tolerance}; expected a positive number such as 1e-3.")
-        from .linear import SvdLinear
+        from .linear import SvdLinear, refuse_layer
 
-        self._register_custom_module({nn.Linear: SvdLinear, Conv1D: SvdLinear})
+        self._register_custom_module({nn.Linear: SvdLinear, Conv1D: SvdLinear, nn.Module: refuse_layer})
 
     def penalties(self, adapter_name: str, learning_rate: float) -> list[Penalty]:
         """The terms that this method adds to the loss of a run with this learning rate."""

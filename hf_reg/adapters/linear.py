@@ -16,7 +16,7 @@ from .product import Difference, Start, product_factors
 from .svd import Factors
 
 
-__all__ = ["SvdLinear", "base_weight"]
+__all__ = ["SvdLinear", "base_weight", "refuse_layer"]
 
 
 def base_weight(layer: nn.Module) -> torch.Tensor:
@@ -234,3 +234,11 @@ class SvdLinear(Linear):
                 sum_ = Difference.apply(result, x.to(start.a.dtype), *factors, self.scaling[name])
                 result = sum_.to(result.dtype)
         return result
+
+
+def refuse_layer(target: nn.Module, adapter_name: str, config: Any, target_name: str = "", **kwargs: Any) -> None:
+    """What PEFT calls for a selected layer of another kind: always raises `ValueError`."""
+    raise ValueError(
+        f"{type(config).__name__} starts from the SVD of Linear and Conv1D layers, but target_modules also selects "
+        f"{target_name} ({type(target).__name__}). Narrow target_modules, or name it in exclude_modules."
+    )

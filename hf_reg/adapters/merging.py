@@ -124,7 +124,7 @@ def merge_adapter(
         model._unfold()
     kept = {name: layer.get_base_layer().weight.data.clone() for name, layer in layers.items()}
     try:
-        model.merge_adapter()  # type: ignore[operator]
+        model.merge_adapter()
         after = _logits(model, probe)
         losses = {name: _lost(layer, kept[name]) for name, layer in layers.items() if layer.merged}
         worst = max(losses, key=losses.__getitem__)
@@ -148,4 +148,4 @@ def merge_adapter(
         raise
     with warnings.catch_warnings():  # PEFT remarks that the layers are merged already
         warnings.simplefilter("ignore")
-        return model.base_model.merge_and_unload(), report  # type: ignore[operator]
+        return model.base_model.merge_and_unload(), report

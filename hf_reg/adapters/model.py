@@ -3,22 +3,22 @@
 from __future__ import annotations
 
 import os
-from collections.abc import Sequence
-from functools import partial
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
 import torch
-from peft import PeftModel, get_peft_model
+from peft import LoraConfig, PeftModel, get_peft_model
 from peft.mapping_func import MODEL_TYPE_TO_PEFT_MODEL_MAPPING
-from peft.tuners.lora import LoraConfig, LoraLayer
 from peft.tuners.lora.layer import Linear
 from torch import nn
 
 from .config import SvdAdapterConfig
-from .linear import SvdLinear, base_weight
+from .initialisation import initialise
+from .linear import SvdLinear
+from .rollback import unchanged_on_failure
 from .storage import SETTINGS, layers_of, plain_config, plain_state_dict, read_config, restore, write_factors
-from .svd import decompose_layers
 
 
 __all__ = ["get_regularized_peft_model"]
@@ -39,19 +39,25 @@ class _Regularized(PeftModel):
         if not isinstance(peft_config, SvdAdapterConfig):
             super().add_adapter(adapter_name, peft_config, *args, **kwargs)
             return
-        self._inject(adapter_name, peft_config, *args, **kwargs)
+        with self._adding(adapter_name, peft_config, *args, **kwargs):
+            initialise(self, adapter_name, peft_config)
+
+    @contextmanager
+    def _adding(self, adapter_name: str, config: SvdAdapterConfig, *args: Any, **kwargs: Any) -> Iterator[None]:
+        """With the layers of a new adapter, which the body gives its factors."""
+        known = dict(self.peft_config)
         try:
-            _initialise(self, adapter_name, peft_config)
+            with unchanged_on_failure(self):
+                for module in self.modules():
+                    if type(module) is Linear:
+                        SvdLinear.of(module)
+                super().add_adapter(adapter_name, config, *args, **kwargs)
+                yield
         except BaseException:
-            self.base_model.delete_adapter(adapter_name)
+            self.peft_config.clear()
+            self.peft_config.update(known)
             raise
         self._keep_start_local()
-
-    def _inject(self, adapter_name: str, config: SvdAdapterConfig, *args: Any, **kwargs: Any) -> None:
-        for module in self.modules():
-            if type(module) is Linear:
-                SvdLinear.of(module)
-        super().add_adapter(adapter_name, config, *args, **kwargs)
 
     def load_adapter(
         self, model_id: str | os.PathLike[str], adapter_name: str, is_trainable: bool = False, **kwargs: Any
@@ -64,13 +70,8 @@ class _Regularized(PeftModel):
         if adapter_name not in self.peft_config:
             config = read_config(model_id)
             config.inference_mode = not is_trainable
-            self._inject(adapter_name, config)
-            try:
+            with self._adding(adapter_name, config):
                 restore(self, adapter_name, model_id, config.folded)
-            except BaseException:
-                self.base_model.delete_adapter(adapter_name)
-                raise
-            self._keep_start_local()
         else:
             config = self.peft_config[adapter_name]
             if not isinstance(config, SvdAdapterConfig) or config.METHOD != read_config(model_id).METHOD:
@@ -216,53 +217,6 @@ def _regularized(cls: type[PeftModel]) -> type[PeftModel]:
 CLASSES = {cls: _regularized(cls) for cls in (PeftModel, *MODEL_TYPE_TO_PEFT_MODEL_MAPPING.values())}
 
 
-def _initialise(model: nn.Module, adapter_name: str, config: SvdAdapterConfig) -> None:
-    layers: dict[str, SvdLinear] = {}
-    others = []
-    for path, module in model.named_modules():
-        if isinstance(module, LoraLayer) and (
-            adapter_name in module.lora_A or adapter_name in module.lora_embedding_A
-        ):
-            if isinstance(module, SvdLinear):
-                layers[path] = module
-            else:
-                others.append(f"{path.removeprefix('base_model.model.')} ({type(module.get_base_layer()).__name__})")
-    name = type(config).__name__
-    if others:
-        raise ValueError(
-            f"{name} starts from the SVD of Linear and Conv1D layers; target_modules also selects "
-            f"{', '.join(others[:3])}{' and others' if len(others) > 3 else ''}. Narrow target_modules, or name these "
-            "in exclude_modules."
-        )
-    if config.folded:
-        _check_foldable(model, layers, name)
-    factors = decompose_layers(
-        {path: partial(base_weight, layer.get_base_layer()) for path, layer in layers.items()},
-        {path: layer.r[adapter_name] for path, layer in layers.items()},
-        tolerance=config.svd_tolerance, seed=config.svd_seed, cache_dir=config.svd_cache_dir, progress=None,
-    )  # fmt: skip
-    for path, layer in layers.items():
-        layer.begin(adapter_name, factors.pop(path), config.folded)
-
-
-def _check_foldable(model: nn.Module, layers: dict[str, SvdLinear], name: str) -> None:
-    owners: dict[int, list[str]] = {}
-    for path, parameter in model.named_parameters(remove_duplicate=False):
-        owners.setdefault(id(parameter), []).append(path)
-    for path, layer in layers.items():
-        weight: Any = layer.get_base_layer().weight
-        if not weight.is_floating_point():
-            raise ValueError(
-                f"{name}: folded=True would write into {path}, whose weight is quantised ({weight.dtype}). Use "
-                "folded=False, which leaves the base weights alone."
-            )
-        if len(owners.get(id(weight), [])) > 1:
-            raise ValueError(
-                f"{name}: folded=True would write into a weight that {' and '.join(owners[id(weight)])} share. Use "
-                "folded=False, or leave it out of target_modules."
-            )
-
-
 def get_regularized_peft_model(
     model: nn.Module,
     config: SvdAdapterConfig | str | os.PathLike[str],
@@ -309,15 +263,12 @@ def get_regularized_peft_model(
             model.add_adapter(adapter_name, config, autocast_adapter_dtype=autocast_adapter_dtype)
         model.set_adapter(adapter_name)
         return model
-    made = get_peft_model(model, config, adapter_name, autocast_adapter_dtype=autocast_adapter_dtype)
-    made.__class__ = CLASSES[type(made)]
-    try:
+    with unchanged_on_failure(model):
+        made: Any = get_peft_model(model, config, adapter_name, autocast_adapter_dtype=autocast_adapter_dtype)
+        made.__class__ = CLASSES[type(made)]
         if folder is None:
-            _initialise(made, adapter_name, config)
+            initialise(made, adapter_name, config)
         else:
             restore(made, adapter_name, folder, config.folded)
-    except BaseException:
-        made.base_model.unload()
-        raise
     made._keep_start_local()
     return made

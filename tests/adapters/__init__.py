@@ -1,0 +1,1 @@
+"""SORSA and BA-LoRA on PEFT."""
