@@ -107,6 +107,10 @@ class SvdLinear(Linear):
             self.lora_start = nn.ModuleDict()
             self.adapter_layer_names = (*self.adapter_layer_names, "lora_S", "lora_start")
         super().update_layer(adapter_name, r, lora_alpha or r, config=config, **kwargs)
+        for factor in (self.lora_A[adapter_name], self.lora_B[adapter_name]):
+            # forward reads the weights themselves: with a child, PEFT's FSDP policy does not make a factor a unit of
+            # its own, whose weight would be gathered in its own forward only
+            factor.add_module("of_layer", nn.Identity())
         if config.HAS_VALUES:
             weight = self.lora_A[adapter_name].weight
             self.lora_S[adapter_name] = nn.Parameter(weight.new_ones(r))
