@@ -9,6 +9,7 @@ import pytest
 import torch
 import transformers
 from peft import LoraConfig, PeftModelForCausalLM, get_peft_model
+from peft.utils.other import fsdp_auto_wrap_policy
 from torch import nn
 
 from hf_reg import BALoraConfig, SorsaConfig, get_regularized_peft_model
@@ -51,6 +52,17 @@ def test_several_adapters_each_act_alone() -> None:
         where = plain if plain in dict(model.named_parameters()) else plain.replace(".weight", ".base_layer.weight")
         torch.testing.assert_close(dict(model.named_parameters())[where], parameter, atol=1e-6, rtol=1e-5)
     assert weights
+
+
+def test_peft_policy_for_fsdp_leaves_the_factors_in_the_unit_of_their_layer() -> None:
+    def own_units(model: nn.Module) -> list[str]:
+        policy = fsdp_auto_wrap_policy(model)
+        return [name for name, m in model.named_modules() if policy(module=m, recurse=False, nonwrapped_numel=0)]
+
+    plain = get_peft_model(build(), LoraConfig(r=2, target_modules="all-linear"))
+    assert any("lora_A" in name for name in own_units(plain))
+    units = own_units(adapted())
+    assert len(units) == 2 and not any("lora" in name for name in units)
 
 
 def test_a_stock_lora_model_can_take_one() -> None:
