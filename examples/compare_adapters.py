@@ -24,8 +24,8 @@ ARMS = {
     "LoRA": ["--method", "lora"],
     "PiSSA (PEFT)": ["--method", "pissa"],
     "SORSA": ["--method", "sorsa"],
-    "SORSA, gamma 0": ["--method", "sorsa", "--gamma", "0"],
     "BA-LoRA": ["--method", "ba_lora"],
+    "SORSA, gamma 0": ["--method", "sorsa", "--gamma", "0"],
 }
 SETTINGS = {
     "r": 16, "target_modules": r".*\.(q_proj|v_proj)", "learning_rate": 2e-4, "lr_scheduler_type": "cosine",
@@ -34,7 +34,7 @@ SETTINGS = {
     "report_to": "none", "disable_tqdm": True, "use_cpu": True,
 }  # fmt: skip
 LAST = 10  # steps of training whose mean is given
-COLOURS = ("#000000", "#0072b2", "#d55e00", "#e69f00", "#009e73")  # Okabe and Ito's
+COLOURS = ("#000000", "#0072b2", "#d55e00", "#009e73", "#e69f00")  # Okabe and Ito's
 
 
 def run(arm: str, seed: int, folder: Path) -> None:

@@ -13,7 +13,6 @@ was stopped goes on from its last checkpoint with `--resume`, and by itself afte
 from __future__ import annotations
 
 import copy
-import math
 import os
 from dataclasses import dataclass, field
 from typing import Any, Literal
@@ -21,24 +20,12 @@ from typing import Any, Literal
 import numpy as np
 from datasets import Dataset, DatasetDict, load_dataset
 from peft import LoraConfig, PeftModel, get_peft_model
-from transformers import (
-    AutoModelForCausalLM,
-    AutoTokenizer,
-    DataCollatorForSeq2Seq,
-    HfArgumentParser,
-    LlamaConfig,
-    LlamaForCausalLM,
-    set_seed,
-)
-from transformers.trainer_utils import get_last_checkpoint
+from transformers import AutoModelForCausalLM, AutoTokenizer, DataCollatorForSeq2Seq, HfArgumentParser
+from transformers.models.llama import LlamaConfig, LlamaForCausalLM
+from transformers.trainer_utils import get_last_checkpoint, set_seed
 
-from hf_reg import (
-    BALoraConfig,
-    RegularizedTrainer,
-    RegularizedTrainingArguments,
-    SorsaConfig,
-    get_regularized_peft_model,
-)
+from hf_reg import RegularizedTrainer, RegularizedTrainingArguments
+from hf_reg.adapters import BALoraConfig, SorsaConfig, get_regularized_peft_model
 from hf_reg.adapters.drift import spectrum_drift
 
 
@@ -66,11 +53,8 @@ def smoke() -> tuple[Any, DatasetDict]:
     ids = [((start + np.arange(24)) % 50).tolist() for start in starts]
     rows = [{"input_ids": one, "labels": [-100] * 12 + one[12:]} for one in ids]
     data = Dataset.from_list(rows).train_test_split(16, seed=0)
-    config = LlamaConfig(
-        vocab_size=50, hidden_size=32, num_hidden_layers=2, num_attention_heads=4, num_key_value_heads=2,
-        intermediate_size=64,
-    )  # fmt: skip
-    return LlamaForCausalLM(config), DatasetDict(train=data["train"], eval=data["test"])
+    sizes = {"hidden_size": 32, "num_hidden_layers": 2, "num_attention_heads": 4, "intermediate_size": 64}
+    return LlamaForCausalLM(LlamaConfig(vocab_size=50, **sizes)), DatasetDict(train=data["train"], eval=data["test"])
 
 
 def encode(row: dict[str, str], tokenizer: Any, max_tokens: int) -> dict[str, list[int]]:
@@ -85,8 +69,7 @@ def encode(row: dict[str, str], tokenizer: Any, max_tokens: int) -> dict[str, li
     learned = tokenizer(answer, add_special_tokens=False)["input_ids"]
     if learned[-1:] != [tokenizer.eos_token_id]:
         learned.append(tokenizer.eos_token_id)
-    labels = ([-100] * len(given) + learned)[:max_tokens]
-    return {"input_ids": (given + learned)[:max_tokens], "labels": labels}
+    return {"input_ids": (given + learned)[:max_tokens], "labels": ([-100] * len(given) + learned)[:max_tokens]}
 
 
 def read(task: Task, tokenizer: Any) -> DatasetDict:
@@ -95,16 +78,21 @@ def read(task: Task, tokenizer: Any) -> DatasetDict:
     for name, part in data.items():
         if missing := {"prompt", "answer"} - set(part.column_names):
             raise SystemExit(f"{files[name]} has the columns {part.column_names}; missing: {sorted(missing)}.")
-    columns = data["train"].column_names
-    data = data.map(encode, fn_kwargs={"tokenizer": tokenizer, "max_tokens": task.max_tokens}, remove_columns=columns)
-    return data.filter(lambda row: row["labels"][-1] != -100)  # a prompt that fills max_tokens leaves no answer
+    columns = ["prompt", "answer"]
+    data = data.select_columns(columns).map(
+        encode, fn_kwargs={"tokenizer": tokenizer, "max_tokens": task.max_tokens}, remove_columns=columns
+    )
+    data = data.filter(lambda row: row["labels"][-1] != -100)  # a prompt that fills max_tokens leaves no answer
+    if empty := [files[name] for name, part in data.items() if not len(part)]:
+        raise SystemExit(f"Every prompt in {empty[0]} fills {task.max_tokens} tokens. Raise --max_tokens.")
+    return data
 
 
 def adapt(task: Task, model: Any, args: RegularizedTrainingArguments) -> Any:
     """The model with its adapter."""
     shared = {"r": task.r, "target_modules": task.target_modules, "task_type": "CAUSAL_LM"}
-    own = {"gamma": task.gamma, "lambdas": task.lambdas, "folded": task.folded or None}
-    own = {name: value for name, value in own.items() if value is not None}
+    given = {"gamma": task.gamma, "lambdas": task.lambdas, "folded": task.folded or None}
+    own = {name: value for name, value in given.items() if value is not None}
     known = {"sorsa": {"gamma", "folded"}, "ba_lora": {"lambdas", "folded"}}.get(task.method, set())
     if wrong := sorted(own.keys() - known):
         raise SystemExit(f"--{wrong[0]} does not belong to --method {task.method}. Leave it out.")
@@ -140,12 +128,11 @@ def main() -> None:
         model=adapt(task, model, args), args=args, train_dataset=data["train"], eval_dataset=data.get("eval"),
         processing_class=tokenizer, data_collator=collator,
     )  # fmt: skip
-    restarted = int(os.environ.get("TORCHELASTIC_RESTART_COUNT", "0")) > 0
+    restarted = os.environ.get("TORCHELASTIC_RESTART_COUNT", "0") != "0"
     there = os.path.isdir(args.output_dir) and (task.resume or restarted)
     trainer.train(resume_from_checkpoint=get_last_checkpoint(args.output_dir) if there else None)
     if "eval" in data:
-        metrics = trainer.evaluate()
-        trainer.log_metrics("eval", metrics | {"perplexity": math.exp(metrics["eval_loss"])})
+        trainer.log_metrics("eval", trainer.evaluate())
     trainer.save_model()
     trainer.save_state()
     if task.method == "pissa" and args.should_save:
