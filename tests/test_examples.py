@@ -16,6 +16,8 @@ import pytest
 import transformers
 import yaml
 
+from hf_reg import RegularizedTrainer
+
 from .distributed.launch import ROOT, environment, run
 
 
@@ -55,6 +57,19 @@ def test_accelerate_launch_of_the_configuration(tmp_path: Path) -> None:
     assert done.returncode == 0, done.stderr[-3000:]
     rate = re.search(r"train_samples_per_second", done.stdout)
     assert rate and (tmp_path / "model.safetensors").is_file()
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("method", ["pissa", "sorsa"])
+def test_accelerate_launch_of_an_adapter(tmp_path: Path, method: str) -> None:
+    script = [str(ROOT / "examples" / "finetune_lora.py"), "--smoke", "--use_cpu", "--method", method, "--r", "4"]
+    config = ["--config_file", str(ROOT / "examples" / "accelerate" / "ddp.yaml")]
+    done = run(
+        ["accelerate.commands.launch", *config, *script, "--output_dir", str(tmp_path)], ACCELERATE_USE_CPU="true"
+    )
+    assert done.returncode == 0, done.stderr[-3000:]
+    saved = json.loads((tmp_path / "adapter_config.json").read_text())
+    assert saved["r"] == 8 and saved["init_lora_weights"] is True
 
 
 def test_configurations_are_what_they_are_called() -> None:
@@ -141,7 +156,15 @@ def test_a_stopped_run_goes_on(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, 
     whole = adapt(monkeypatch, tmp_path, method, *flags)
     shutil.rmtree(tmp_path / "checkpoint-4")
     (tmp_path / "adapter_model.safetensors").unlink()
+    begun, train = [], RegularizedTrainer.train
+
+    def seen(self: RegularizedTrainer, resume_from_checkpoint: str) -> None:
+        begun.append(resume_from_checkpoint)
+        train(self, resume_from_checkpoint=resume_from_checkpoint)
+
+    monkeypatch.setattr(RegularizedTrainer, "train", seen)
     again = adapt(monkeypatch, tmp_path, method, *flags, "--resume")
+    assert begun == [str(tmp_path / "checkpoint-2")]
     assert again["eval_loss"] == pytest.approx(whole["eval_loss"], rel=1e-6)
     assert (tmp_path / "adapter_model.safetensors").is_file()
 
