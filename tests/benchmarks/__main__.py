@@ -13,11 +13,12 @@ import torch
 from rich.console import Console
 from rich.table import Table
 
-from . import balora, drophead, svd, tlm, trainer
+from . import balora, drophead, sorsa, svd, tlm, trainer
 from .timing import Row
 
 
 RESULTS = Path(__file__).with_name("results.md")
+SECTIONS = {module.__name__.rpartition(".")[2]: module for module in (tlm, drophead, trainer, svd, sorsa, balora)}
 COLUMNS = ("section", "case", "ours", "peer", "ratio", "quartiles", "target", "met")
 
 
@@ -49,11 +50,11 @@ def markdown(rows: list[Row], rounds: int) -> str:
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__)
     parser.add_argument("--rounds", type=int, default=31)
-    parser.add_argument("--only", choices=("tlm", "drophead", "trainer", "svd", "balora"))
+    parser.add_argument("--only", choices=SECTIONS)
     options = parser.parse_args()
     torch.set_num_threads(1)
     rows = []
-    for name, module in (("tlm", tlm), ("drophead", drophead), ("trainer", trainer), ("svd", svd), ("balora", balora)):
+    for name, module in SECTIONS.items():
         if options.only in (None, name):
             rows += module.run(options.rounds)
     table = Table(title="ratios of this run", title_justify="left")

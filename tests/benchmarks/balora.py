@@ -10,7 +10,7 @@ import torch
 import transformers
 from peft import LoraConfig, get_peft_model
 
-from hf_reg import RegularizedTrainer, RegularizedTrainingArguments
+from hf_reg import BALoraConfig, RegularizedTrainer, RegularizedTrainingArguments, get_regularized_peft_model
 from hf_reg.penalties import Consistency, Diversity, SvdConcentration
 
 from .timing import Row, interleave, memory_rows, ratio
@@ -27,16 +27,28 @@ TARGETS = {
 MEMORY = 0.8
 
 
-def lora() -> torch.nn.Module:
-    """A model of 56M parameters with an adapter that has moved: at its start it equals the teacher."""
+def base() -> torch.nn.Module:
+    """A model of 56M parameters."""
     torch.manual_seed(0)
     config = transformers.LlamaConfig(
         hidden_size=512, intermediate_size=1376, num_hidden_layers=8, num_attention_heads=8, num_key_value_heads=4,
         vocab_size=VOCABULARY,
     )  # fmt: skip
-    model = transformers.LlamaForCausalLM(config)
-    settings = LoraConfig(r=16, target_modules="all-linear", task_type="CAUSAL_LM", init_lora_weights=False)
-    return get_peft_model(model, settings)
+    return transformers.LlamaForCausalLM(config)
+
+
+def lora() -> torch.nn.Module:
+    return get_peft_model(base(), LoraConfig(r=16, target_modules="all-linear", task_type="CAUSAL_LM"))
+
+
+def adapted() -> torch.nn.Module:
+    """With an adapter that has moved: at its start it equals the teacher."""
+    model = get_regularized_peft_model(base(), BALoraConfig(r=16, task_type="CAUSAL_LM"))
+    with torch.no_grad():
+        for parameter in model.parameters():
+            if parameter.requires_grad:
+                parameter.mul_(1.01)
+    return model
 
 
 def examples() -> list[dict[str, torch.Tensor]]:
@@ -84,7 +96,9 @@ def run(rounds: int) -> list[Row]:
         for name, (settings, terms) in ours.items():
             args = RegularizedTrainingArguments("unused", **common, **settings)
             steps[name] = training_step(
-                RegularizedTrainer(model=lora(), args=args, penalties=terms, train_dataset=examples())
+                RegularizedTrainer(
+                    model=adapted() if terms else lora(), args=args, penalties=terms, train_dataset=examples()
+                )
             )
         times = interleave(steps, min(rounds, 11), f"BA-LoRA step {BATCH} x {LENGTH}")
         case = f"56M step, {BATCH} x {LENGTH}"
