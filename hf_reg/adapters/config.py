@@ -39,7 +39,7 @@ class SvdAdapterConfig(LoraConfig):
         folded (`bool`, *optional*, defaults to `False`):
             Store the residual W - s W_p in the base weight: a step costs what one of plain LoRA does, and the base
             model is restored (by adding the product where the adapter is off) to rounding instead of bit for bit.
-        svd_tolerance (`float`, *optional*, defaults to 1e-3): of the initialisation, see [`decompose`].
+        svd_tolerance (`float`, *optional*, defaults to 2e-4): of the initialisation, see [`decompose`].
         svd_seed (`int`, *optional*, defaults to 0): of the initialisation.
         svd_cache_dir (`str`, *optional*): folder where decompositions are kept, see [`decompose_layers`].
         kwargs: every other field of [`~peft.LoraConfig`]; those that change what a LoRA layer computes are refused.
@@ -55,7 +55,7 @@ class SvdAdapterConfig(LoraConfig):
     lora_alpha: int | None = field(default=None, metadata={"help": "Scaling times r; None means no scaling."})
     target_modules: Any = field(default="all-linear", metadata={"help": "As in LoraConfig."})
     folded: bool = field(default=False, metadata={"help": "Keep the residual in the base weight."})
-    svd_tolerance: float = field(default=1e-3, metadata={"help": "Tolerance of the initialisation."})
+    svd_tolerance: float = field(default=2e-4, metadata={"help": "Tolerance of the initialisation."})
     svd_seed: int = field(default=0, metadata={"help": "Seed of the initialisation."})
     svd_cache_dir: str | None = field(default=None, metadata={"help": "Folder of cached decompositions."})
 
@@ -82,7 +82,7 @@ class SvdAdapterConfig(LoraConfig):
         if self.lora_alpha is None and self.alpha_pattern:
             raise ValueError(f"{name}: alpha_pattern is given, but lora_alpha is None (no scaling). Give lora_alpha.")
         if not self.svd_tolerance > 0:
-            raise ValueError(f"{name}: svd_tolerance={self.svd_tolerance}; expected a positive number such as 1e-3.")
+            raise ValueError(f"{name}: svd_tolerance={self.svd_tolerance}; expected a positive number such as 2e-4.")
         from .linear import SvdLinear, refuse_layer
 
         self._register_custom_module({nn.Linear: SvdLinear, Conv1D: SvdLinear, nn.Module: refuse_layer})

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Iterator
 from contextlib import contextmanager
 from typing import Any
@@ -11,10 +12,12 @@ import torch
 from hf_reg.penalties.precision import exactly
 
 
-__all__ = ["full_precision", "krylov", "ritz", "spectrum"]
+__all__ = ["full_precision", "krylov", "padded", "ritz", "spectrum"]
 
-PADDING = 16  # vectors kept beyond the rank while refining: the gap behind the last one decides the accuracy
-STEPS = 40  # of block Krylov, at most
+PADDING = 8  # vectors kept beyond the rank: the gap behind the last one decides the speed and the accuracy
+FIRST = 6  # steps before the first look: measured to be enough where the values fall at all
+STEPS = 40  # at most
+FP32 = 1e-6  # the least tolerance that a Gram matrix in fp32 can keep
 
 
 @contextmanager
@@ -38,75 +41,77 @@ def full_precision(tensor: torch.Tensor) -> Iterator[None]:
         use(before)
 
 
-def _added(block: torch.Tensor, basis: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
-    """Orthonormal columns spanning what `block` adds to `basis`, and the coefficients of `block` in both."""
-    inside = basis.mT @ block
-    new, outside = torch.linalg.qr(block - basis @ inside)
-    again = basis.mT @ new  # twice is enough: after one pass rounding has left a little of the basis
-    new, outside_again = torch.linalg.qr(new - basis @ again)
-    return new, torch.cat([inside + again @ outside, outside_again @ outside])
+def padded(rank: int) -> int:
+    """The vectors of a block."""
+    return rank + PADDING
+
+
+def _precision(tolerance: float) -> torch.dtype:
+    """Of Gram matrices: they square the spectrum, so that fp32 loses values below 3e-4 of the largest."""
+    return torch.float64 if tolerance < FP32 else torch.float32
+
+
+def _gained(gram: torch.Tensor, squares: torch.Tensor, vectors: torch.Tensor, count: int) -> float:
+    """Energy that the eigenvectors of `gram` owe to its last `count` rows and columns, to first order."""
+    weights = vectors[-count:]
+    return float((squares * weights.square()).sum() - (weights * (gram[-count:, -count:] @ weights)).sum())
+
+
+def _added(rows: torch.Tensor, basis: torch.Tensor) -> torch.Tensor:
+    """Rows spanning what `rows` add to those of `basis`, orthonormal; where almost nothing is new, a little shorter:
+    they count for less energy than there is, never for more."""
+    new = torch.linalg.qr((rows - (rows @ basis.mT) @ basis).mT).Q.mT
+    return new - (new @ basis.mT) @ basis  # twice is enough: after one pass rounding has left a little of the basis
 
 
 def krylov(matrix: torch.Tensor, rank: int, tolerance: float, seed: int) -> torch.Tensor | None:
-    """An orthonormal basis (short, rank) of the principal right subspace, or None if it does not converge in time.
+    """Rows (padded(rank), long) that span the principal left subspace, or None if they do not converge in time.
 
-    Block Golub-Kahan bidiagonalisation with full reorthogonalisation (Musco and Musco 2015, arXiv 1504.05477, which
-    proves what blocks of Krylov vectors gain over power iteration). Each step doubles as an error estimate: the
-    low-rank matrix changed by c_k, so by the geometric series what is left is about c_k q / (1 - q), q = c_k / c_k-1.
+    Block Krylov steps on A^T A from a random block (Musco and Musco 2015, arXiv 1504.05477, prove what they gain over
+    power iteration), until the energy that [`ritz`] will miss is estimated to be within `tolerance` of all energy.
+    What the last step gained, and the one before it, is read off the weights of the Ritz vectors in the last two
+    blocks, without the cancellation of a difference of sums; what is missing follows by the geometric series through
+    the two.
     """
     long, short = matrix.shape
-    block = rank // 2 + 8
-    steps = min(STEPS, short // 2 // block)
-    left, right = matrix.new_empty(long, steps * block), matrix.new_empty(short, (steps + 1) * block)
-    core = matrix.new_zeros(steps * block, steps * block)  # left^T matrix right
-    start = torch.randn(long, block, generator=torch.Generator().manual_seed(seed)).to(matrix.device)
-    right[:, :block] = torch.linalg.qr(matrix.mT @ start).Q
-    before: torch.Tensor | None = None
-    change = float("inf")
-    for step in range(steps):
-        low, high = step * block, (step + 1) * block
-        left[:, low:high], core[:high, low:high] = _added(matrix @ right[:, low:high], left[:, :low])
-        if high >= rank and (step < 8 or step % 2):  # the SVD of a large core costs as much as a step
-            u, values, vh = torch.linalg.svd(core[:high, :high])
-            product = (u[:, :rank] * values[:rank]) @ vh[:rank]
-            if before is not None:
-                norm = torch.linalg.vector_norm(values[:rank])
-                difference = product.clone()
-                difference[: before.shape[0], : before.shape[0]] -= before
-                last, change = change, float(torch.linalg.vector_norm(difference) / norm) if norm > 0 else 0.0
-                geometric = change < last < float("inf") and change * change / (last - change) <= tolerance
-                if geometric or change <= tolerance / 100:
-                    return right[:, :high] @ vh[:rank].mT
-            before = product
-        right[:, high : high + block], _ = _added(matrix.mT @ left[:, low:high], right[:, :high])
+    block, dtype = padded(rank), _precision(tolerance)
+    size = min(STEPS, short * 3 // 4 // block) * block
+    basis, image = matrix.new_empty(size, short), matrix.new_empty(size, long, dtype=dtype)
+    gram = matrix.new_empty(size, size, dtype=dtype)
+    allowed = tolerance * float(torch.linalg.vector_norm(matrix)) ** 2
+    new = torch.randn(block, long, generator=torch.Generator().manual_seed(seed)).to(matrix.device)
+    look = FIRST * block
+    for known in range(0, size, block):
+        high = known + block
+        basis[known:high] = _added(new @ matrix, basis[:known])
+        image[known:high] = new = basis[known:high] @ matrix.mT
+        gram[known:high, :high] = image[known:high] @ image[:high].mT
+        gram[:known, known:high] = gram[known:high, :known].mT
+        if high < look:
+            continue
+        core = gram[:high, :high]
+        squares, vectors = torch.linalg.eigh(core)
+        last, two = (_gained(core, squares[-rank:], vectors[:, -rank:], count * block) for count in (1, 2))
+        ratio = last / (two - last) if 0 < last < two else 1.0
+        missing = last * ratio**1.5 / (1 - ratio) if ratio < 1 else math.inf  # 1.5: ritz is half a step more
+        if missing <= allowed or two <= allowed / 100:
+            return (vectors[:, -block:].mT @ image[:high]).to(matrix.dtype)
+        ahead = math.log(allowed / missing) / math.log(ratio) if ratio < 1 else 2
+        look = high + min(max(int(ahead), 1), 2) * block
     return None
 
 
-def ritz(matrix: torch.Tensor, basis: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
-    """The singular triplets of `matrix` (long, short) within the span of `basis` (short, q), which is made orthonormal
-    first."""
-    basis = torch.linalg.qr(basis).Q
-    left, triangle = torch.linalg.qr(matrix @ basis)
-    u, values, vh = torch.linalg.svd(triangle)
-    return left @ u, values, vh @ basis.mT
+def spectrum(matrix: torch.Tensor, rank: int, tolerance: float) -> torch.Tensor:
+    """Rows like those of [`krylov`] from the whole spectrum: the eigenvectors of the Gram matrix of `matrix`."""
+    wide = matrix.mT.to(_precision(tolerance))
+    vectors = torch.linalg.eigh(wide @ wide.mT).eigenvectors[:, -padded(rank) :]
+    return vectors.mT.to(matrix.dtype) @ matrix.mT
 
 
-def spectrum(matrix: torch.Tensor, rank: int, tolerance: float) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
-    """All triplets from the eigenvectors of the Gram matrix, refined once; from the SVD if that is not exact enough.
-
-    The Gram matrix squares the spectrum, so fp32 loses its small end. One step of subspace iteration and a
-    Rayleigh-Ritz projection give it back wherever the residual says so (Davis-Kahan: residual over gap).
-    """
-    short = matrix.shape[1]
-    width = min(short, rank + PADDING)
-    squares, vectors = torch.linalg.eigh(matrix.mT @ matrix)
-    basis = torch.linalg.qr(matrix @ vectors[:, short - width :]).Q
-    left, values, right = ritz(matrix, matrix.mT @ basis)
-    if width < short:
-        top, square = values[:rank], values[:rank].square()
-        residual = torch.linalg.vector_norm(matrix.mT @ left[:, :rank] - right[:rank].mT * top, dim=0)
-        gap = (square - squares[short - width - 1]).clamp_min(torch.finfo(matrix.dtype).tiny)
-        error = torch.minimum(residual * square / gap, top)
-        if torch.linalg.vector_norm(error) <= tolerance * torch.linalg.vector_norm(top):
-            return left, values, right
-    return torch.linalg.svd(matrix, full_matrices=False)
+def ritz(matrix: torch.Tensor, rows: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
+    """The singular triplets of `matrix` (long, short) within the span of `rows` (q, long), which are made orthonormal
+    first: half a step more, which also gives back the small values that a Gram matrix loses."""
+    left = torch.linalg.qr(rows.mT).Q
+    right, triangle = torch.linalg.qr((left.mT @ matrix).mT)
+    v, values, uh = torch.linalg.svd(triangle)
+    return left @ uh.mT, values, (right @ v).mT
