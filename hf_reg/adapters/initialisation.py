@@ -8,7 +8,7 @@ from typing import Any
 from torch import nn
 
 from .config import SvdAdapterConfig
-from .linear import SvdLinear, base_weight
+from .linear import SvdLinear, base_weight, is_quantised
 from .storage import layers_of
 from .svd import decompose_layers
 
@@ -40,7 +40,7 @@ def _check_foldable(model: nn.Module, layers: dict[str, SvdLinear], name: str) -
         owners.setdefault(id(parameter), []).append(path)
     for path, layer in layers.items():
         weight: Any = layer.get_base_layer().weight
-        if not weight.is_floating_point():
+        if is_quantised(layer.get_base_layer()):
             raise ValueError(
                 f"{name}: folded=True would write into {path}, whose weight is quantised ({weight.dtype}). Use "
                 "folded=False, which leaves the base weights alone."

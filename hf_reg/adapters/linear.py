@@ -16,7 +16,16 @@ from .product import Difference, Start, product_factors
 from .svd import Factors
 
 
-__all__ = ["SvdLinear", "base_weight", "refuse_layer"]
+__all__ = ["SvdLinear", "base_weight", "is_quantised", "refuse_layer"]
+
+
+def is_quantised(layer: Any) -> bool:
+    """Whether the weight of a layer holds codes instead of values, by bitsandbytes (in whatever storage) or others."""
+    weight = getattr(layer, "weight", None)
+    if not isinstance(weight, torch.Tensor):
+        return True
+    kinds = ("bitsandbytes.", "torchao.")
+    return not weight.is_floating_point() or type(weight).__module__.startswith(kinds)
 
 
 def base_weight(layer: nn.Module) -> torch.Tensor:
@@ -26,8 +35,10 @@ def base_weight(layer: nn.Module) -> torch.Tensor:
         `ValueError`: for a layer without a weight that can be read.
     """
     weight = getattr(layer, "weight", None)
-    if isinstance(weight, torch.Tensor) and not weight.is_floating_point():
-        weight = dequantize_module_weight(layer)
+    if isinstance(weight, torch.Tensor) and is_quantised(layer):
+        quantised, weight = weight, dequantize_module_weight(layer)
+        if layer.weight is not quantised:  # on a CPU it leaves a copy there, which has lost its scales
+            layer.weight = quantised
     if not isinstance(weight, torch.Tensor):
         raise ValueError(f"{type(layer).__name__} has no weight to decompose: leave it out of target_modules.")
     return transpose(weight.detach(), isinstance(layer, Conv1D))
@@ -219,7 +230,7 @@ class SvdLinear(Linear):
 
     def merge(self, safe_merge: bool = False, adapter_names: list[str] | None = None) -> None:
         weight: Any = self.get_base_layer().weight
-        if not weight.is_floating_point():
+        if is_quantised(self.get_base_layer()):
             raise ValueError(
                 f"The base weight is quantised ({weight.dtype}), so merging would lose the adapter in its rounding. "
                 "Save the adapter (save_pretrained writes plain LoRA) and merge it into the model in bf16 or fp32."

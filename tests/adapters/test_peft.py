@@ -3,12 +3,13 @@
 from __future__ import annotations
 
 import copy
+from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
 import transformers
-from peft import LoraConfig, PeftModelForCausalLM, get_peft_model
+from peft import LoraConfig, PeftModel, PeftModelForCausalLM, get_peft_model
 from peft.utils.other import fsdp_auto_wrap_policy
 from torch import nn
 
@@ -169,6 +170,29 @@ def test_quantised_bases_are_decomposed_dequantised(monkeypatch: pytest.MonkeyPa
         model.merge_adapter()
     with pytest.raises(ValueError, match=r"folded=True would write into .* quantised \(torch.int8\).*folded=False"):
         get_regularized_peft_model(quantised(), config_of("sorsa", folded=True))
+
+
+@pytest.mark.parametrize("bits", [4, 8])
+def test_bitsandbytes(bits: int, tmp_path: Path) -> None:
+    pytest.importorskip("bitsandbytes", reason="bitsandbytes is not installed: pip install bitsandbytes")
+    build().save_pretrained(tmp_path)
+    settings = transformers.BitsAndBytesConfig(**{f"load_in_{bits}bit": True})
+
+    def load() -> Any:
+        return transformers.AutoModelForCausalLM.from_pretrained(
+            tmp_path, quantization_config=settings, device_map="cpu"
+        ).eval()
+
+    bare = load()
+    wanted = logits(bare)  # the first forward moves the scales of 8-bit weights
+    model = get_regularized_peft_model(bare, config_of("sorsa"))
+    assert torch.equal(logits(model), wanted)
+    train(model)
+    model.save_pretrained(tmp_path / "adapter")
+    stock = PeftModel.from_pretrained(load(), str(tmp_path / "adapter")).eval()
+    torch.testing.assert_close(logits(stock), logits(model), atol=1e-4, rtol=1e-3)
+    with pytest.raises(ValueError, match="base weight is quantised"):
+        model.merge_adapter()
 
 
 # refusals
