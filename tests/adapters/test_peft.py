@@ -175,7 +175,11 @@ def test_quantised_bases_are_decomposed_dequantised(monkeypatch: pytest.MonkeyPa
 @pytest.mark.parametrize("bits", [4, 8])
 def test_bitsandbytes(bits: int, tmp_path: Path) -> None:
     pytest.importorskip("bitsandbytes", reason="bitsandbytes is not installed: pip install bitsandbytes")
-    build().save_pretrained(tmp_path)
+    torch.manual_seed(0)
+    config = transformers.LlamaConfig(  # bitsandbytes quantises blocks of 64
+        vocab_size=VOCABULARY, hidden_size=64, num_hidden_layers=2, num_attention_heads=4, intermediate_size=128
+    )
+    transformers.LlamaForCausalLM(config).save_pretrained(tmp_path)
     settings = transformers.BitsAndBytesConfig(**{f"load_in_{bits}bit": True})
 
     def load() -> Any:
