@@ -26,6 +26,7 @@ ARMS = {
     "SORSA": ["--method", "sorsa"],
     "BA-LoRA": ["--method", "ba_lora"],
     "SORSA, gamma 0": ["--method", "sorsa", "--gamma", "0"],
+    "PiSSA, learning rate x 3": ["--method", "pissa", "--learning_rate", "6e-4"],
 }
 SETTINGS = {
     "r": 16, "target_modules": r".*\.(q_proj|v_proj)", "learning_rate": 2e-4, "lr_scheduler_type": "cosine",
@@ -34,7 +35,7 @@ SETTINGS = {
     "report_to": "none", "disable_tqdm": True, "use_cpu": True,
 }  # fmt: skip
 LAST = 10  # steps of training whose mean is given
-COLOURS = ("#000000", "#0072b2", "#d55e00", "#009e73", "#e69f00")  # Okabe and Ito's
+COLOURS = ("#000000", "#0072b2", "#d55e00", "#009e73", "#e69f00", "#56b4e9")  # Okabe and Ito's
 
 
 def run(arm: str, seed: int, folder: Path) -> None:
@@ -49,7 +50,7 @@ def run(arm: str, seed: int, folder: Path) -> None:
     folder.mkdir(parents=True, exist_ok=True)
     with open(folder / "log.txt", "w") as log:
         environment = {**os.environ, "HF_HUB_OFFLINE": "1", "OMP_NUM_THREADS": "1"}
-        command = [sys.executable, str(SCRIPT), *ARMS[arm], *words]
+        command = [sys.executable, str(SCRIPT), *words, *ARMS[arm]]
         done = subprocess.run(command, stdout=log, stderr=subprocess.STDOUT, env=environment, check=False)
     if done.returncode:
         raise SystemExit(f"{arm}, seed {seed}: failed, see {folder / 'log.txt'}.")
