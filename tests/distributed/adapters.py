@@ -1,4 +1,4 @@
-"""Trains adapters and saves them, on any number of processes: `-m tests.distributed.adapters FOLDER [--sharded]`."""
+"""Trains adapters and saves them, on any number of processes: `-m tests.distributed.adapters FOLDER --fsdp2`."""
 
 from __future__ import annotations
 
@@ -45,15 +45,21 @@ def run(name: str, folder: Path, processes: int, checkpointing: bool = False, **
 if __name__ == "__main__":
     parser = argparse.ArgumentParser()
     parser.add_argument("folder", type=Path)
-    parser.add_argument("--sharded", action="store_true")
+    for kind in ("--ddp", "--fsdp2", "--zero3"):
+        parser.add_argument(kind, action="store_true")
     options = parser.parse_args()
     more: dict[str, Any] = {}
-    if options.sharded:
+    if options.fsdp2:
         from .fsdp_on_cpu import FSDP2
 
         config = FSDP2["fsdp_config"] | {"transformer_layer_cls_to_wrap": ["LlamaDecoderLayer"]}
         more = FSDP2 | {"fsdp_config": config}
+    names = list(ADAPTERS)
+    if options.zero3:
+        from .run import ZERO3
+
+        more, names = dict(ZERO3), ["coupled", "ba_lora"]  # the decoupled step is refused there
     world = int(os.environ["WORLD_SIZE"])
-    losses = {name: run(name, options.folder, world, name == "coupled", **more) for name in ADAPTERS}
+    losses = {name: run(name, options.folder, world, name == "coupled", **more) for name in names}
     if int(os.environ["RANK"]) == 0:
         (options.folder / "losses.json").write_text(json.dumps(losses))

@@ -1,4 +1,4 @@
-"""SORSA and BA-LoRA on two processes, with DDP and with FSDP2: the losses and the saved adapter of one process."""
+"""SORSA and BA-LoRA on two processes, with DDP, FSDP2 and ZeRO-3: the losses and the saved adapter of one process."""
 
 from __future__ import annotations
 
@@ -13,13 +13,19 @@ from .adapters import ADAPTERS, run
 from .launch import launch
 
 
-@pytest.mark.parametrize("sharded", [False, True], ids=["DDP", "FSDP2"])
-def test_two_processes_train_the_adapter_of_one(tmp_path: Path, sharded: bool) -> None:
+KINDS = ["--ddp", "--fsdp2", pytest.param("--zero3", marks=pytest.mark.slow)]
+
+
+@pytest.mark.parametrize("kind", KINDS)
+def test_two_processes_train_the_adapter_of_one(tmp_path: Path, kind: str) -> None:
+    if kind == "--zero3":
+        pytest.importorskip("deepspeed", reason="deepspeed is not installed: pip install deepspeed")
     two = tmp_path / "two"
     two.mkdir()
-    launch("tests.distributed.adapters", str(two), *(["--sharded"] if sharded else []))
+    launch("tests.distributed.adapters", str(two), kind)
     losses = json.loads((two / "losses.json").read_text())
-    for name in ADAPTERS:
+    assert set(losses) == (set(ADAPTERS) if kind != "--zero3" else {"coupled", "ba_lora"})
+    for name in losses:
         wanted = run(name, tmp_path / "one", 1)
         assert losses[name] == pytest.approx(wanted, rel=1e-5), name
         one, other = (load_file(where / name / "hf_reg.safetensors") for where in (tmp_path / "one", two))
