@@ -82,12 +82,12 @@ def test_an_interrupted_run_is_taken_up(tmp_path: Path, calls: list[int]) -> Non
     train(tmp_path, epochs=1, max_steps=1)
     assert calls == [4]
     (folder,) = tmp_path.iterdir()
-    (folder / "half.unfinished").write_bytes(b"not a whole file")
+    (folder / "half.partial").write_bytes(b"not a whole file")
     calls.clear()
     train(tmp_path)
     assert calls == [4], "half of the examples are there"
     names = sorted(path.suffix for path in folder.iterdir())
-    assert names == [".json", ".safetensors", ".safetensors", ".unfinished"]
+    assert names == [".json", ".safetensors", ".safetensors", ".partial"]
 
 
 def test_classification(tmp_path: Path, calls: list[int]) -> None:

@@ -171,10 +171,8 @@ def _adapted(layer: Any) -> torch.Tensor:
             "and a copy of this one after merge_and_unload() as `tuned`."
         )
     weight = readable(layer.get_base_layer().weight).float()
-    for adapter in layer.active_adapters:
-        if adapter in getattr(layer, layer.adapter_layer_names[0]):
-            weight = weight + layer.get_delta_weight(adapter).to(weight)
-    return weight
+    adapters = [name for name in layer.active_adapters if name in getattr(layer, layer.adapter_layer_names[0])]
+    return sum((layer.get_delta_weight(name).to(weight) for name in adapters), weight)
 
 
 def _named(model: nn.Module | Mapping[str, torch.Tensor], pick: str) -> dict[str, Any]:

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import json
 import os
-import tempfile
 from collections.abc import Iterator, Mapping
 from dataclasses import fields
 from pathlib import Path
@@ -16,6 +15,8 @@ from peft.utils import SAFETENSORS_WEIGHTS_NAME, set_peft_model_state_dict
 from safetensors import SafetensorError
 from safetensors.torch import load_file, save_file
 from torch import nn
+
+from hf_reg.files import replacing
 
 from .balora import BALoraConfig
 from .config import SvdAdapterConfig
@@ -65,18 +66,6 @@ def plain_state_dict(model: nn.Module, adapter_name: str, state: Mapping[str, An
     return plain
 
 
-def _replace(folder: Path, name: str, write: Any) -> None:
-    """Write a file complete or not at all."""
-    handle, temporary = tempfile.mkstemp(dir=folder, suffix=".partial")
-    os.close(handle)
-    try:
-        write(temporary)
-        os.replace(temporary, folder / name)
-    except BaseException:
-        os.unlink(temporary)
-        raise
-
-
 def write_factors(
     model: nn.Module, adapter_name: str, config: SvdAdapterConfig, state: Mapping[str, Any], folder: Path
 ) -> None:
@@ -93,8 +82,10 @@ def write_factors(
             tensors[f"{path}.start.{name}"] = first[name].detach().cpu().contiguous()
     settings = {"hf_reg_version": __version__, "method": config.METHOD, "settings": config.settings()}
     text = json.dumps(settings, indent=2, sort_keys=True)
-    _replace(folder, FACTORS, lambda path: save_file(tensors, path, metadata={"format": "pt"}))
-    _replace(folder, SETTINGS, lambda path: Path(path).write_text(text + "\n"))
+    with replacing(folder / FACTORS) as unfinished:
+        save_file(tensors, unfinished, metadata={"format": "pt"})
+    with replacing(folder / SETTINGS) as unfinished:
+        unfinished.write_text(text + "\n")
 
 
 def read_config(folder: str | os.PathLike[str]) -> SvdAdapterConfig:

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import hashlib
 import os
-import tempfile
 from collections.abc import Callable, Mapping
 from dataclasses import asdict, dataclass
 from pathlib import Path
@@ -16,6 +15,7 @@ from tqdm.auto import tqdm  # type: ignore[import-untyped]
 from transformers.utils import logging
 
 from hf_reg.distributed import whole
+from hf_reg.files import replacing
 
 from .triplets import full_precision, krylov, padded, ritz, spectrum
 
@@ -175,15 +175,9 @@ def _load(path: Path, device: torch.device) -> Factors:
 def _save(path: Path, factors: Factors) -> None:
     """Complete or not at all, however many processes write it."""
     path.parent.mkdir(parents=True, exist_ok=True)
-    handle, temporary = tempfile.mkstemp(dir=path.parent, suffix=".partial")
-    os.close(handle)
-    try:
-        tensors = {name: part.cpu() for name, part in asdict(factors).items()}
-        save_file(tensors, temporary, metadata={"digest": _digest(*tensors.values())})
-        os.replace(temporary, path)
-    except BaseException:
-        os.unlink(temporary)
-        raise
+    tensors = {name: part.cpu() for name, part in asdict(factors).items()}
+    with replacing(path) as unfinished:
+        save_file(tensors, unfinished, metadata={"digest": _digest(*tensors.values())})
 
 
 def decompose_layers(

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import json
-import os
 from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
@@ -12,6 +11,7 @@ import torch
 from accelerate import Accelerator
 
 from ..base import Penalty, check_range
+from ..files import replacing
 from ..penalties import Consistency, TopLogits
 from .example_ids import EXAMPLE_IDS
 from .fingerprints import data_fingerprint, example_hashes, teacher_fingerprint, together
@@ -69,9 +69,8 @@ class TeacherCache:
         store = TeacherStore(self.folder / together([f"{key}={value}" for key, value in parts.items()]))
         about = store.folder / "about.json"
         if not about.exists():
-            unfinished = about.with_suffix(f".{os.getpid()}")
-            unfinished.write_text(json.dumps(parts, indent=1) + "\n")
-            os.replace(unfinished, about)
+            with replacing(about) as unfinished:
+                unfinished.write_text(json.dumps(parts, indent=1) + "\n")
         store.refresh()
         return store
 

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import os
 import uuid
 from collections.abc import Sequence
 from pathlib import Path
@@ -12,6 +11,7 @@ import torch
 from safetensors import safe_open
 from safetensors.torch import save_file
 
+from ..files import replacing
 from ..penalties import TopLogits
 
 
@@ -94,10 +94,8 @@ class TeacherStore:
         ends = torch.tensor([len(one.values) for one in rows]).cumsum(0)
         tensors = {"ids": torch.tensor(numbers), "hashes": torch.tensor(marks), "ends": ends}
         tensors |= {part: torch.cat([getattr(one, part) for one in rows]) for part in PARTS}
-        name = uuid.uuid4().hex
-        unfinished = self.folder / f"{name}.unfinished"
-        save_file(tensors, unfinished)
-        os.replace(unfinished, self.folder / f"{name}.safetensors")
+        with replacing(self.folder / f"{uuid.uuid4().hex}.safetensors") as unfinished:
+            save_file(tensors, unfinished)
         self._new, self._positions = {}, 0
         self.refresh()
 

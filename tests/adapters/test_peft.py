@@ -66,6 +66,13 @@ def test_peft_policy_for_fsdp_leaves_the_factors_in_the_unit_of_their_layer() ->
     assert len(units) == 2 and not any("lora" in name for name in units)
 
 
+def test_ddp_does_not_broadcast_the_frozen_start() -> None:
+    model = adapted()
+    starts = [name for name, _ in model.named_buffers() if name.endswith((".a", ".b", ".values"))]
+    assert len(starts) == 3 * 14 and set(starts) == set(model._ddp_params_and_buffers_to_ignore)
+    assert not any(name.endswith(tuple(starts)) for name in model.state_dict())
+
+
 def test_a_stock_lora_model_can_take_one() -> None:
     torch.manual_seed(0)
     stock = get_peft_model(build(), LoraConfig(r=2, target_modules="all-linear", init_lora_weights=False))
