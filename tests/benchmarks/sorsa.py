@@ -53,7 +53,7 @@ def run(rounds: int) -> list[Row]:
         }
         steps = {PEER: trained(get_peft_model(base(), lora))}
         steps |= {name: trained(get_regularized_peft_model(base(), config)) for name, config in ours.items()}
-        times = interleave(steps, rounds, f"SORSA step {BATCH} x {LENGTH}, r = {rank}")
+        times = interleave(steps, min(rounds, 9), f"SORSA step {BATCH} x {LENGTH}, r = {rank}")
         case = f"56M step, {BATCH} x {LENGTH}, r = {rank}"
         targets = dict(zip(ours, (target, target, 1.0), strict=True))
         for name, wanted in targets.items():
