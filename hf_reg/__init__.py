@@ -8,6 +8,7 @@ if TYPE_CHECKING:
     from .adapters import BALoraConfig, SorsaConfig, get_regularized_peft_model
     from .description import describe
     from .dropout import set_dropout
+    from .losses import rpo_loss
     from .overfit import diagnose
     from .patching import patch_model, patched, unpatch_model
     from .stopping import early_stopping
@@ -25,6 +26,7 @@ _HOME = {
     "early_stopping": "stopping",
     "set_dropout": "dropout",
     "patch_model": "patching",
+    "rpo_loss": "losses",
     "patched": "patching",
     "unpatch_model": "patching",
     "RegularizedTrainer": "trainer",
@@ -33,8 +35,8 @@ _HOME = {
 }
 __all__ = [
     "BALoraConfig", "RegularizedTrainer", "RegularizedTrainingArguments", "RegularizerMixin", "SorsaConfig",
-    "describe", "diagnose", "early_stopping", "get_regularized_peft_model", "patch_model", "patched", "set_dropout",
-    "unpatch_model",
+    "describe", "diagnose", "early_stopping", "get_regularized_peft_model", "patch_model", "patched", "rpo_loss",
+    "set_dropout", "unpatch_model",
 ]  # fmt: skip
 
 

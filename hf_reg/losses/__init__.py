@@ -1,12 +1,13 @@
-"""Losses that are computed without whole logits."""
+"""Losses: of causal language models without whole logits, and of preferences."""
 
 from .fused import fused_loss, top_logits_of
 from .heads import CannotFuse, LinearHead, find_head, head_input, recognize
 from .row_terms import RowWeights
+from .rpo import RPOLossOutput, rpo_loss, to_trl
 from .spectrum import HeadSpectrum
 
 
 __all__ = [
-    "CannotFuse", "HeadSpectrum", "LinearHead", "RowWeights", "find_head", "fused_loss", "head_input", "recognize",
-    "top_logits_of",
+    "CannotFuse", "HeadSpectrum", "LinearHead", "RPOLossOutput", "RowWeights", "find_head", "fused_loss",
+    "head_input", "recognize", "rpo_loss", "to_trl", "top_logits_of",
 ]  # fmt: skip
