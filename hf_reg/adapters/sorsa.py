@@ -30,7 +30,8 @@ class SorsaConfig(SvdAdapterConfig):
     Args:
         gamma (`float`, *optional*, defaults to 4e-4):
             Strength of the regularization, gamma of the paper (its scripts: 4e-4 at a learning rate of 3e-5). It
-            follows the learning rate: in a step with learning rate eta it is `gamma * eta / learning_rate`.
+            follows the learning rate: in a step with learning rate eta it is `gamma * eta / learning_rate`. Scale it
+            with the learning rate of your run: the authors' ratio is 13.3.
         orthonormality (`str`, *optional*, defaults to `"decoupled"`):
             - `"decoupled"`: a step of its own after the optimizer's, p <- p - gamma_t grad L_reg (the paper's update);
             - `"coupled"`: a term of the loss with weight gamma / learning rate, whose gradient the optimizer rescales

@@ -26,15 +26,15 @@ BLOCK = {"cpu": 1 << 19}
 ELSEWHERE = 1 << 25
 
 
-def _parts(rows: int, width: int, device: torch.device, sizes: dict[str, int]) -> Iterator[slice]:
+def parts(rows: int, width: int, device: torch.device, sizes: dict[str, int]) -> Iterator[slice]:
     size = max(sizes.get(device.type, ELSEWHERE) // width, 1)
     for start in range(0, rows, size):
         yield slice(start, min(start + size, rows))
 
 
-def _buffer(rows: int, head: LinearHead) -> torch.Tensor:
+def buffer(rows: int, head: LinearHead) -> torch.Tensor:
     width, device = len(head.weight), head.weight.device
-    largest = next(_parts(rows, width, device, CHUNK), slice(0, 0)).stop
+    largest = next(parts(rows, width, device, CHUNK), slice(0, 0)).stop
     dtype = torch.promote_types(head.weight.dtype, torch.float32)
     return torch.empty(largest, width, dtype=dtype, device=device)
 
@@ -45,16 +45,16 @@ class _Fused(torch.autograd.Function):
         ctx: Any, hidden: torch.Tensor, labels: torch.Tensor, head: LinearHead, weights: RowWeights, teacher: Any
     ) -> tuple[torch.Tensor, torch.Tensor]:
         width, device = len(head.weight), hidden.device
-        student, other = _buffer(len(hidden), head), None
+        student, other = buffer(len(hidden), head), None
         if isinstance(teacher, torch.Tensor):
             other = torch.empty_like(student)
         values = student.new_zeros(len(TERMS), len(hidden))
         slope = torch.empty_like(hidden)
-        for chunk in _parts(len(hidden), width, device, CHUNK):
+        for chunk in parts(len(hidden), width, device, CHUNK):
             logits = head.logits(hidden[chunk], student)
             kept = logits.clone() if head.cap is not None else None
             shown = None if other is None else head.logits(teacher[chunk], other)
-            for block in _parts(len(logits), width, device, BLOCK):
+            for block in parts(len(logits), width, device, BLOCK):
                 part = slice(chunk.start + block.start, chunk.start + block.stop)
                 compared = shown[block] if shown is not None else _rows(teacher, part)
                 values[:, part] = row_terms(logits[block], labels[part], weights, compared)
@@ -123,9 +123,9 @@ def fused_loss(
 @torch.no_grad()
 def top_logits_of(hidden: torch.Tensor, head: LinearHead, k: int, temperature: float) -> TopLogits:
     """[`top_logits`] of what `head` makes of `hidden` (M, d), a chunk at a time."""
-    out, found = _buffer(len(hidden), head), []
+    out, found = buffer(len(hidden), head), []
     with exactly(hidden):
-        for chunk in _parts(len(hidden), len(head.weight), hidden.device, CHUNK):
+        for chunk in parts(len(hidden), len(head.weight), hidden.device, CHUNK):
             found.append(top_logits(head.logits(hidden[chunk], out), k, temperature))
     if not found:
         found.append(top_logits(out, k, temperature))
