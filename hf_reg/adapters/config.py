@@ -5,7 +5,9 @@ from __future__ import annotations
 from dataclasses import MISSING, dataclass, field, fields
 from typing import TYPE_CHECKING, Any, ClassVar
 
+import peft
 import torch
+from packaging.version import Version
 from peft import LoraConfig
 from torch import nn
 from transformers.pytorch_utils import Conv1D
@@ -16,6 +18,7 @@ if TYPE_CHECKING:
 
 __all__ = ["SvdAdapterConfig"]
 
+OLDEST = Version("0.19")  # layers take their configuration whole, as `SvdLinear.update_layer` does
 OFF = {"use_dora", "lora_bias", "use_qalora", "ensure_weight_tying"}
 IMPLIED = {"runtime_config", "inference_mode", "peft_type", "peft_version", "auto_mapping"}
 NONE = {
@@ -60,6 +63,10 @@ class SvdAdapterConfig(LoraConfig):
     svd_cache_dir: str | None = field(default=None, metadata={"help": "Folder of cached decompositions."})
 
     def __post_init__(self) -> None:
+        if Version(peft.__version__) < OLDEST:
+            raise ImportError(
+                f"hf_reg.adapters needs peft >= {OLDEST}, found {peft.__version__}: pip install -U peft."
+            )
         super().__post_init__()
         name = type(self).__name__
         set_fields = [key for key in sorted(OFF) if getattr(self, key, False)]

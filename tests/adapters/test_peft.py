@@ -243,6 +243,12 @@ def test_folding_into_a_shared_weight_is_refused() -> None:
     refused(tied, config_of("sorsa", target_modules=["lm_head"], folded=True), ValueError, "share. Use folded=False")
 
 
+def test_an_old_peft_is_refused(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("peft.__version__", "0.18.1")
+    with pytest.raises(ImportError, match=r"needs peft >= 0.19, found 0.18.1: pip install -U peft"):
+        SorsaConfig()
+
+
 def test_peft_alone_does_not_make_one() -> None:
     model = get_peft_model(build(), SorsaConfig(r=4))
     with pytest.raises(RuntimeError, match="never initialised: add it with hf_reg.get_regularized_peft_model"):
