@@ -11,6 +11,7 @@ if TYPE_CHECKING:
     from .losses import rpo_loss
     from .overfit import diagnose
     from .patching import patch_model, patched, unpatch_model
+    from .rpo_trainer import RPOConfig, RPOTrainer
     from .stopping import early_stopping
     from .trainer import RegularizedTrainer, RegularizerMixin
     from .training.arguments import RegularizedTrainingArguments
@@ -27,6 +28,8 @@ _HOME = {
     "set_dropout": "dropout",
     "patch_model": "patching",
     "rpo_loss": "losses",
+    "RPOConfig": "rpo_trainer",
+    "RPOTrainer": "rpo_trainer",
     "patched": "patching",
     "unpatch_model": "patching",
     "RegularizedTrainer": "trainer",
@@ -34,9 +37,9 @@ _HOME = {
     "RegularizedTrainingArguments": "training.arguments",
 }
 __all__ = [
-    "BALoraConfig", "RegularizedTrainer", "RegularizedTrainingArguments", "RegularizerMixin", "SorsaConfig",
-    "describe", "diagnose", "early_stopping", "get_regularized_peft_model", "patch_model", "patched", "rpo_loss",
-    "set_dropout", "unpatch_model",
+    "BALoraConfig", "RPOConfig", "RPOTrainer", "RegularizedTrainer", "RegularizedTrainingArguments",
+    "RegularizerMixin", "SorsaConfig", "describe", "diagnose", "early_stopping", "get_regularized_peft_model",
+    "patch_model", "patched", "rpo_loss", "set_dropout", "unpatch_model",
 ]  # fmt: skip
 
 

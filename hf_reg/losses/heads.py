@@ -77,8 +77,11 @@ class LinearHead:
         return found.mul_(self.scale) if self.scale != 1.0 else found
 
 
-def find_head(model: nn.Module) -> nn.Linear:
+def find_head(model: nn.Module, trained: bool = False) -> nn.Linear:
     """The head of a causal language model, unwrapped from PEFT, if its logits can be computed outside of the model.
+
+    Args:
+        trained (`bool`, *optional*, defaults to `False`): whether the head may be in training.
 
     Raises:
         [`CannotFuse`]: for another task, and for a head that is trained, adapted, sharded or no plain linear map.
@@ -93,7 +96,7 @@ def find_head(model: nn.Module) -> nn.Linear:
     if type(head) is not nn.Linear:
         adapted = hasattr(head, "base_layer") or hasattr(head, "modules_to_save")
         raise CannotFuse(f"the head of {name} is {'adapted' if adapted else f'no plain linear map: {type(head)}'}")
-    if any(parameter.requires_grad for parameter in head.parameters()):
+    if not trained and any(parameter.requires_grad for parameter in head.parameters()):
         raise CannotFuse(f"the head of {name} is trained")
     for part in head.parameters():
         if part.is_meta or part.numel() == 0 or hasattr(part, "full_tensor") or hasattr(part, "ds_id"):

@@ -14,7 +14,7 @@ from .rows import Unusable, read_row
 from .tokens import TRUNCATION_MODES, check_tokenizer, cut, tokenize_pair
 
 
-__all__ = ["REFERENCE", "TOKENS", "prepare_preferences"]
+__all__ = ["REFERENCE", "TOKENS", "check_limits", "prepare_preferences"]
 
 logger = logging.get_logger("transformers.hf_reg")
 
@@ -22,7 +22,7 @@ TOKENS = ("prompt_ids", "chosen_ids", "rejected_ids")
 REFERENCE = ("ref_chosen_logps", "ref_rejected_logps")
 
 
-def _check_limits(max_length: int | None, max_prompt_length: int | None, mode: str) -> None:
+def check_limits(max_length: int | None, max_prompt_length: int | None, mode: str) -> None:
     check_choice("prepare_preferences", "truncation_mode", mode, TRUNCATION_MODES)
     for name, value, least in (("max_length", max_length, 2), ("max_prompt_length", max_prompt_length, 1)):
         if value is not None and (not isinstance(value, int) or value < least):
@@ -88,7 +88,7 @@ def prepare_preferences(
         `ValueError`: for a missing column, a tokenizer without the tokens or the chat template that are needed, limits
         out of range, or no usable row. `TypeError`: for a cell that is neither text nor turns.
     """
-    _check_limits(max_length, max_prompt_length, truncation_mode)
+    check_limits(max_length, max_prompt_length, truncation_mode)
     check_tokenizer(tokenizer)
     prepared: list[dict[str, Any]] = []
     left_out: Counter[str] = Counter()
