@@ -54,12 +54,7 @@ class AnswerScores:
                 self._module = find_head(self.model, trained=True)
                 tokens = batch["input_ids"][0, :TRIAL].repeat(2)[None]
                 with evaluating(self.model):
-                    head, (_, hidden, _) = recognize(self.model, self._module, tokens)
-                if len(hidden) != tokens.shape[1]:
-                    raise CannotFuse(
-                        f"{type(self.model).__name__} adds {len(hidden) - tokens.shape[1]} positions of its own"
-                    )
-                self.head = head
+                    self.head, _ = recognize(self.model, self._module, tokens)
             except CannotFuse as reason:
                 self.reason = str(reason)
         if self.reason is not None and not self._said:
@@ -87,17 +82,18 @@ class AnswerScores:
         mask = batch["completion_mask"][:, 1:].bool()
         tokens = batch["input_ids"][:, 1:][mask]
         arguments = {**self._fixed, **model_inputs(batch)}
+        before = slice(-mask.shape[1] - 1, -1)  # what predicts; prompt tuning puts positions in front
         outputs: Any = None
         if whole or not self.in_chunks(batch):
             outputs = model(**arguments)
-            logits = outputs.logits[:, -mask.shape[1] - 1 : -1][mask]  # prompt tuning puts positions before
+            logits = outputs.logits[:, before][mask]
             logits = logits.to(torch.promote_types(logits.dtype, torch.float32))
             values = torch.log_softmax(logits, dim=-1).gather(1, tokens[:, None])[:, 0]
         else:
             assert self.head is not None and self._module is not None
             with head_input(self._module) as found:
                 model(**arguments)
-            hidden = found.take()[:, :-1]
-            values = token_log_probs(hidden[mask], tokens, self.head.to(found.dtype))
+            hidden = found.take()[:, before][mask]
+            values = token_log_probs(hidden, tokens, self.head.to(found.dtype))
         sums = values.new_zeros(mask.shape).masked_scatter(mask, values).sum(1)
         return sums, outputs
