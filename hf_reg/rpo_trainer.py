@@ -5,7 +5,6 @@ from __future__ import annotations
 from collections.abc import Mapping
 from typing import Any
 
-import numpy as np
 from torch import nn
 from torch.nn.modules.dropout import _DropoutNd
 from transformers.utils import logging
@@ -14,7 +13,7 @@ from .dropout.places import Map
 from .patching import unwrap
 from .preferences import PreferenceCollator, prepare_preferences
 from .preferences.arguments import RPOConfig
-from .preferences.data import REFERENCE, TOKENS
+from .preferences.data import REFERENCE, PreferencePairs
 from .preferences.reference import Reference, refuse_head
 from .preferences.scoring import model_inputs
 from .preferences.trainer import PreferenceTrainer
@@ -109,7 +108,8 @@ class RPOTrainer(RegularizerMixin, PreferenceTrainer):
         args = args or RPOConfig()
         _refuse(model, args, kwargs)
         rows = train_dataset if train_dataset is not None else eval_dataset
-        reference = Reference(model, ref_model, _stores_reference(rows))
+        self._stored = _stores_reference(rows)
+        reference = Reference(model, ref_model, self._stored)
         if args.disable_dropout:
             _without_dropout(model)
         self.processing_class, self.args = processing_class, args  # `_prepared` reads them
@@ -136,13 +136,21 @@ class RPOTrainer(RegularizerMixin, PreferenceTrainer):
                 f"{name} is a stream ({type(dataset).__name__}) whose pairs cannot be counted. Give a list or a "
                 "datasets.Dataset."
             )
-        if len(dataset) and isinstance(dataset[0], Mapping) and isinstance(dataset[0].get(TOKENS[0]), np.ndarray):
-            return dataset
         args: Any = self.args
-        return prepare_preferences(
-            dataset, self.processing_class, max_length=args.max_length, max_prompt_length=args.max_prompt_length,
-            truncation_mode=args.truncation_mode, name=name,
-        )  # fmt: skip
+        limits = args.max_length, args.max_prompt_length, args.truncation_mode
+        pairs: PreferencePairs = dataset
+        if not (isinstance(dataset, PreferencePairs) and dataset.limits == limits):
+            pairs = prepare_preferences(
+                dataset, self.processing_class, max_length=limits[0], max_prompt_length=limits[1],
+                truncation_mode=limits[2], name=name,
+            )  # fmt: skip
+        if pairs.stores_reference != self._stored:
+            columns = " and ".join(REFERENCE)
+            raise ValueError(
+                f"{name} has {'' if pairs.stores_reference else 'no '}{columns}, other data of this run has "
+                f"{'none' if pairs.stores_reference else 'them'}. Give the columns in every data set, or in none."
+            )
+        return pairs
 
     def get_eval_dataloader(self, eval_dataset: Any = None) -> Any:
         return super().get_eval_dataloader(self._prepared(eval_dataset, "eval_dataset"))

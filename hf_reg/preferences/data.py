@@ -14,12 +14,25 @@ from .rows import Unusable, read_row
 from .tokens import TRUNCATION_MODES, check_tokenizer, cut, tokenize_pair
 
 
-__all__ = ["REFERENCE", "TOKENS", "check_limits", "prepare_preferences"]
+__all__ = ["REFERENCE", "TOKENS", "PreferencePairs", "check_limits", "prepare_preferences"]
 
 logger = logging.get_logger("transformers.hf_reg")
 
 TOKENS = ("prompt_ids", "chosen_ids", "rejected_ids")
 REFERENCE = ("ref_chosen_logps", "ref_rejected_logps")
+
+
+class PreferencePairs(list):
+    """Pairs as token ids, and the `limits` (max_length, max_prompt_length, truncation_mode) they were checked with."""
+
+    def __init__(self, pairs: Iterable[dict[str, Any]], limits: tuple[int | None, int | None, str]) -> None:
+        super().__init__(pairs)
+        self.limits = limits
+
+    @property
+    def stores_reference(self) -> bool:
+        """Whether they bring the reference's log-probs."""
+        return bool(self) and REFERENCE[0] in self[0]
 
 
 def check_limits(max_length: int | None, max_prompt_length: int | None, mode: str) -> None:
@@ -64,7 +77,7 @@ def prepare_preferences(
     max_prompt_length: int | None = None,
     truncation_mode: str = "keep_start",
     name: str = "preferences",
-) -> list[dict[str, Any]]:
+) -> PreferencePairs:
     """Token ids of pairs of answers, plain or conversational. Several pairs of one prompt are several rows.
 
     Rows that hold `prompt_ids`, `chosen_ids` and `rejected_ids` already are taken as they are. A log message counts
@@ -81,8 +94,8 @@ def prepare_preferences(
         name (`str`, *optional*, defaults to `"preferences"`): what messages call the data.
 
     Returns:
-        `list` of `dict`: ids as `numpy.int32` arrays, answers still whole ([`PreferenceCollator`] cuts them), and the
-        reference's log-probs where they are given.
+        [`PreferencePairs`], a `list` of `dict`: ids as `numpy.int32` arrays, answers still whole
+        ([`PreferenceCollator`] cuts them), and the reference's log-probs where they are given.
 
     Raises:
         `ValueError`: for a missing column, a tokenizer without the tokens or the chat template that are needed, limits
@@ -115,7 +128,7 @@ def prepare_preferences(
     given = {tuple(sorted(set(REFERENCE) & set(row))) for row in prepared}
     if len(given) > 1:
         raise ValueError(f"{name}: only some rows hold {' and '.join(REFERENCE)}. Give them in all rows, or in none.")
-    return prepared
+    return PreferencePairs(prepared, (max_length, max_prompt_length, truncation_mode))
 
 
 def _token_ids(row: Any, tokenizer: Any, where: str) -> tuple[dict[str, list[int]], list[int]]:

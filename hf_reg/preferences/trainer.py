@@ -8,7 +8,7 @@ import torch
 from torch import nn
 from transformers import Trainer
 
-from ..losses import rpo_loss
+from ..losses import RPOLossOutput, rpo_loss
 from ..training.task_loss import TaskLoss
 from ..training.terms import Terms
 from .data import REFERENCE, TOKENS
@@ -38,10 +38,16 @@ def whole_logits_reason(trainer: Any) -> str | None:
 class PreferenceTrainer(Trainer):
     """A `Trainer` for batches of [`PreferenceCollator`], with [`rpo_loss`]. [`RPOTrainer`] is the one to use.
 
+    Evaluation is a mean over pairs, each counted once on however many processes; with `variant="trl"`, whose loss
+    belongs to no single pair, `eval_loss` is a mean over batches.
+
     Args:
         reference ([`Reference`]): what the policy is compared with.
         args, kwargs: of [`~transformers.Trainer`].
     """
+
+    args: Any  # RPOConfig
+    _signature_columns: list[str]
 
     def __init__(self, *args: Any, reference: Reference, **kwargs: Any) -> None:
         super().__init__(*args, **kwargs)
@@ -55,7 +61,7 @@ class PreferenceTrainer(Trainer):
         self._measured = {True: Terms(), False: Terms()}  # in training, in evaluation
 
     def _set_signature_columns_if_needed(self) -> None:
-        if self._signature_columns is None:
+        if not self._signature_columns:
             self._signature_columns = [*TOKENS, *REFERENCE]
 
     def get_batch_samples(self, *args: Any, **kwargs: Any) -> tuple[list, Any]:
@@ -80,22 +86,43 @@ class PreferenceTrainer(Trainer):
         reference = self.reference({key: inputs[key] for key in inputs if not key.startswith("output_")})
         sums, outputs = self._scores(inputs, model, whole=return_outputs)
         (chosen, rejected), (ref_chosen, ref_rejected) = sums.chunk(2), reference.to(sums.dtype).chunk(2)
-        args: Any = self.args
-        found = rpo_loss(
-            chosen, rejected, ref_chosen, ref_rejected, beta=args.beta, eta=args.eta, variant=args.variant,
-            lengths=inputs["chosen_lengths"], label_smoothing=args.label_smoothing, base=args.base,
-        )  # fmt: skip
+        four = (chosen, rejected, ref_chosen, ref_rejected)
+        found = self._loss(*four, lengths=inputs["chosen_lengths"])
         terms = {
             "loss_dpo": found.dpo, "loss_sft": found.sft, "rewards/chosen": found.rewards_chosen,
             "rewards/rejected": found.rewards_rejected, "rewards/margins": found.margins,
             "rewards/accuracies": found.accuracies, "logps/chosen": chosen, "logps/rejected": rejected,
         }  # fmt: skip
-        for name, values in terms.items():
-            self._measured[training].add(name, values.detach().float().mean(), len(chosen))
+        if not training and self.args.variant != "trl":
+            terms |= self._loss_by_pair(*four, lengths=inputs["chosen_lengths"])
+        self._measure({name: values.detach().float() for name, values in terms.items()}, len(chosen), training)
         loss = found.loss
         if training:
             loss = self._pairs.weigh(loss, inputs, self.current_gradient_accumulation_steps)
         return (loss, outputs) if return_outputs else loss
+
+    def _loss(self, *log_probs: torch.Tensor, lengths: torch.Tensor) -> RPOLossOutput:
+        args = self.args
+        return rpo_loss(
+            *log_probs, beta=args.beta, eta=args.eta, variant=args.variant, lengths=lengths,
+            label_smoothing=args.label_smoothing, base=args.base,
+        )  # fmt: skip
+
+    def _loss_by_pair(self, *log_probs: torch.Tensor, lengths: torch.Tensor) -> dict[str, torch.Tensor]:
+        """Both parts of the loss for each pair, so that those that only fill up a batch can be left out."""
+        rows = zip(*(part.split(1) for part in (*log_probs, lengths)), strict=True)
+        found = [self._loss(*row[:-1], lengths=row[-1]) for row in rows]
+        return {
+            "loss_dpo": torch.stack([one.dpo for one in found]), "loss_sft": torch.stack([one.sft for one in found])
+        }  # fmt: skip
+
+    def _measure(self, terms: dict[str, torch.Tensor], pairs: int, training: bool) -> None:
+        if not training:  # without the pairs that fill up the last batch of several processes
+            table = torch.stack([values.expand(pairs) for values in terms.values()], dim=1)
+            table = self.accelerator.gather_for_metrics(table)
+            pairs, terms = len(table), dict(zip(terms, table.unbind(1), strict=True))
+        for name, values in terms.items():
+            self._measured[training].add(name, values.mean(), pairs)
 
     def prediction_step(
         self, model: nn.Module, inputs: Any, prediction_loss_only: bool, ignore_keys: list[str] | None = None
@@ -112,7 +139,10 @@ class PreferenceTrainer(Trainer):
         self._measured[False].clear()
         output = super().evaluation_loop(*args, **kwargs)
         prefix = kwargs.get("metric_key_prefix", args[4] if len(args) > 4 else "eval")
-        output.metrics.update({f"{prefix}_{name}": value for name, value in self._means(False).items()})
+        means = self._means(False)
+        if means:  # `Trainer` weighs the batches of several processes otherwise
+            output.metrics[f"{prefix}_loss"] = means["loss_dpo"] + means["loss_sft"]
+        output.metrics.update({f"{prefix}_{name}": value for name, value in means.items()})
         return output
 
     def log(self, logs: dict[str, float], *args: Any, **kwargs: Any) -> None:

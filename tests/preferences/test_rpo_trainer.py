@@ -14,7 +14,7 @@ from transformers import GPT2Config, GPT2LMHeadModel
 
 import hf_reg
 from hf_reg.losses.rpo import DEFAULTS
-from hf_reg.preferences import scoring
+from hf_reg.preferences import prepare_preferences, scoring
 from hf_reg.preferences.data import REFERENCE
 
 from .models import LINEAR, gradients, llama, lora, one_batch, trainer
@@ -183,10 +183,21 @@ def test_stored_log_probs_are_the_reference(tmp_path: Path) -> None:
     torch.testing.assert_close(with_columns.reference(one_batch(with_columns)), made.reference(one_batch(made)))
     with_columns.train()
     assert "eval_loss" in with_columns.evaluate()
-    with pytest.raises(
-        ValueError, match="this batch has no ref_chosen_logps and ref_rejected_logps. Give the columns"
-    ):
+    with pytest.raises(ValueError, match="eval_dataset has no ref_chosen_logps and ref_rejected_logps, other data"):
         with_columns.evaluate(PLAIN)
+    with pytest.raises(ValueError, match="eval_dataset has no ref_chosen_logps"):
+        trainer(tmp_path, whole, rows, eval_dataset=PLAIN)
+    with pytest.raises(ValueError, match="eval_dataset has ref_chosen_logps and .* other data of this run has none"):
+        trainer(tmp_path, eval_dataset=rows)
+    batch = {key: value for key, value in one_batch(with_columns).items() if key not in REFERENCE}
+    with pytest.raises(ValueError, match="this batch has no ref_chosen_logps and ref_rejected_logps. Give the"):
+        with_columns.reference(batch)
+
+
+def test_limits_of_pairs_that_are_token_ids_already(tmp_path: Path) -> None:
+    pairs = prepare_preferences(PLAIN, tokenizer(), max_length=64)
+    assert trainer(tmp_path, rows=pairs).train_dataset is pairs
+    assert len(trainer(tmp_path, rows=pairs, max_length=28).train_dataset) == len(PLAIN) - 1  # checked again
 
 
 @pytest.mark.parametrize("method", ["sorsa", "balora"])
