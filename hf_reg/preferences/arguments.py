@@ -70,7 +70,9 @@ class RPOConfig(RegularizedTrainingArguments):
             ("use_liger_kernel", "it replaces the model's head, which is applied to the answers alone here"),
         ):
             if getattr(self, name):
-                raise ValueError(f"RPOConfig: {name}={getattr(self, name)!r} has no place here: {remedy}.")
+                raise ValueError(
+                    f"RPOConfig: {name}={getattr(self, name)!r} has no place here: {remedy}. Leave it out."
+                )
         if getattr(self.accelerator_config, "dispatch_batches", None):
             raise ValueError(
                 "RPOConfig: dispatch_batches=True would cut batches between chosen and rejected answers. Leave it out."

@@ -30,11 +30,13 @@ def step(
         gradient_checkpointing=checkpointing, eval_dataset=PLAIN[:7], per_device_eval_batch_size=2,
         penalties={"l2_sp": 0.01} if kind == "full" else None,
     )  # fmt: skip
+    if parts == 1:
+        made.evaluate()  # as many do, to see where a run starts
     made.train()
     after = made.evaluate()
     moved = {name: p.detach() - before[name] for name, p in model.named_parameters() if p.requires_grad}
     kept = ("loss", "rewards/", "logps/", "eval_rewards", "eval_logps", "eval_loss")
-    logged: dict[str, Any] = made.state.log_history[0]
+    logged: dict[str, Any] = next(one for one in made.state.log_history if "loss" in one)
     return moved, *({key: v for key, v in one.items() if key.startswith(kept)} for one in (logged, after))
 
 

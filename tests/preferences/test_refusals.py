@@ -8,7 +8,7 @@ from typing import Any
 import pytest
 import torch
 from peft import LoraConfig, get_peft_model
-from transformers import LlamaForCausalLM, T5Config, T5ForConditionalGeneration, TrainingArguments
+from transformers import HfArgumentParser, LlamaForCausalLM, T5Config, T5ForConditionalGeneration, TrainingArguments
 
 import hf_reg
 from hf_reg import RPOConfig, RPOTrainer
@@ -139,6 +139,7 @@ def test_arguments_of_another_kind(tmp_path: Path) -> None:
         ({"label_smoothing": 0.7}, "label_smoothing=0.7 is out of range"),
         ({"label_smoothing": 0.1, "base": "ipo"}, "label_smoothing has no meaning"),
         ({"label_smoothing_factor": 0.1}, "label_smoothing_factor=0.1 has no place here"),
+        ({"use_liger_kernel": True}, "use_liger_kernel=True has no place here: it replaces the model's head"),
         ({"max_length": 4, "max_prompt_length": 4}, "leaves no room for an answer"),
         ({"truncation_mode": "middle"}, "truncation_mode='middle' is not known"),
         ({"accelerator_config": {"dispatch_batches": True}}, "dispatch_batches=True would cut batches"),
@@ -147,11 +148,6 @@ def test_arguments_of_another_kind(tmp_path: Path) -> None:
 def test_configurations_out_of_range(settings: dict[str, Any], message: str, tmp_path: Path) -> None:
     with pytest.raises(ValueError, match=message):
         arguments(tmp_path, **settings)
-
-
-def test_liger(tmp_path: Path) -> None:
-    with pytest.raises((ValueError, ImportError), match="use_liger_kernel|liger"):
-        trainer(tmp_path, use_liger_kernel=True)
 
 
 @pytest.mark.parametrize("variant", list(DEFAULTS))
@@ -170,3 +166,9 @@ def test_a_lora_configuration_may_be_anything_that_keeps_the_base(tmp_path: Path
     made = trainer(tmp_path, model)
     made.train()
     assert made.state.log_history[0]["loss_dpo"] == pytest.approx(torch.log(torch.tensor(2.0)).item(), rel=1e-5)
+
+
+def test_the_command_line_says_it() -> None:
+    line = "--output_dir x --variant average --eta 0.3 --max_prompt_length 512 --use_cpu --bf16 False"
+    (args,) = HfArgumentParser(RPOConfig).parse_args_into_dataclasses(line.split())
+    assert (args.variant, args.beta, args.eta, args.max_prompt_length) == ("average", 0.5, 0.3, 512)
