@@ -318,3 +318,23 @@ def test_data_sets_of_the_datasets_library(tmp_path: Path) -> None:
     made.train()
     assert gradients(made.model) == {} and math.isfinite(made.state.log_history[0]["loss"])
     assert tokenizer().pad_token_id == made.data_collator.pad_token_id
+
+
+@pytest.mark.parametrize("kind", ["lora", "full"])
+def test_autocast_keeps_every_gradient_of_the_first_step(kind: str, tmp_path: Path) -> None:
+    """Weights that autocast casts without gradients (reference, trial of the head) are not the ones it trains with."""
+    model = llama() if kind == "full" else lora(moved=0.1)
+    made = trainer(tmp_path, model, ref_model=llama(3) if kind == "full" else None, bf16=True)
+    made.current_gradient_accumulation_steps = 1
+    made.model.train()
+    steps = []
+    for _ in range(2):
+        made.model.zero_grad()
+        with torch.autocast("cpu", torch.bfloat16):
+            loss = made.compute_loss(made.model, one_batch(made))
+        loss.backward()
+        steps.append(gradients(made.model))
+    names = {name for name, parameter in model.named_parameters() if parameter.requires_grad}
+    assert steps[0].keys() == steps[1].keys() == names
+    for name, value in steps[1].items():
+        torch.testing.assert_close(steps[0][name], value)
