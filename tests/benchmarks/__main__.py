@@ -1,5 +1,5 @@
-"""`python -m tests.benchmarks [--rounds N]`: run every benchmark, print the table, write results.md beside this
-file."""
+"""`python -m tests.benchmarks [--only SECTION] [--rounds N]`: run the benchmarks, print the table and, from 15 rounds
+on, write it into results.md beside this file."""
 
 from __future__ import annotations
 
@@ -30,21 +30,33 @@ def cells(row: Row) -> tuple[str, ...]:
     return row.section, row.case, row.ours, row.peer, f"{row.ratio:.{digits}f}", quartiles, target, met
 
 
-def markdown(rows: list[Row], rounds: int) -> str:
-    stack = ", ".join(f"{name} {version(name)}" for name in ("torch", "transformers"))
+def written() -> list[str]:
+    """The rows of results.md, to keep those of the sections that are not run."""
+    lines = RESULTS.read_text().splitlines() if RESULTS.is_file() else []
+    return [line for line in lines if line.startswith("| ") and not line.startswith("| section")]
+
+
+def markdown(rows: list[Row]) -> str:
+    """The table with `rows`; the sections that were not run keep theirs."""
+    stack = ", ".join(f"{name} {version(name)}" for name in ("torch", "transformers", "peft"))
+    new: dict[str, list[str]] = {}
+    for row in rows:
+        new.setdefault(row.section, []).append("| " + " | ".join(cells(row)) + " |")
+    old: dict[str, list[str]] = {}
+    for line in written():
+        old.setdefault(line.split(" | ")[0].removeprefix("| "), []).append(line)
     lines = [
         "# Benchmark results",
         "",
-        f"Written by `make bench`: {stack}, Python {platform.python_version()}, one thread, CPU clock, {rounds} "
-        f"rounds, every",
-        "variant once a round in random order. A ratio is the median over the rounds of ours / peer (for the "
-        "mask: peer / ours).",
+        f"Written by `make bench`: {stack}, Python {platform.python_version()}, one thread, CPU clock. Variants run",
+        "once a round in random order, and a ratio is the median over the rounds of ours / peer (for the mask: peer /",
+        "ours). Each section is from one run, of 15 rounds or more (SORSA, SVD and BA-LoRA: of 11 or fewer).",
         "Peak memory is what a step allocates above the model, gradients included (with `skip`, of one draw).",
         "",
         "| " + " | ".join(COLUMNS) + " |",
         "|" + "---|" * len(COLUMNS),
     ]
-    return "\n".join([*lines, *("| " + " | ".join(cells(row)) + " |" for row in rows)]) + "\n"
+    return "\n".join([*lines, *(line for part in (old | new).values() for line in part)]) + "\n"
 
 
 def main() -> None:
@@ -63,8 +75,8 @@ def main() -> None:
     for row in rows:
         table.add_row(*cells(row), style=None if row.met is not False else "bold red")
     Console(width=None if sys.stdout.isatty() else 150).print(table)
-    if options.only is None:
-        RESULTS.write_text(markdown(rows, options.rounds))
+    if options.rounds >= 15:
+        RESULTS.write_text(markdown(rows))
 
 
 if __name__ == "__main__":
