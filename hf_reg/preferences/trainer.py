@@ -69,7 +69,7 @@ class PreferenceTrainer(Trainer):
         would then be trained without DDP, each process by itself."""
         several = self.accelerator.distributed_type.value.startswith("MULTI_")
         if several and self.model_wrapped is self.model:
-            vars(self.model).pop("_is_accelerate_prepared", None)
+            self.model.__dict__.pop("_is_accelerate_prepared", None)
         return super().train(*args, **kwargs)
 
     def get_batch_samples(self, *args: Any, **kwargs: Any) -> tuple[list, Any]:
