@@ -123,7 +123,7 @@ class Gate(nn.Module):
 
     def hide(self, view: TokenView) -> torch.Tensor:
         """The attention mask of `view` without the keys that this gate takes away: (B, 1 | H, Tq, Tk) bool."""
-        raise NotImplementedError
+        raise NotImplementedError(f"{type(self).__name__} hides keys, so it must define `hide(view)`.")
 
     def hidden_tokens(self, view: TokenView) -> tuple[torch.Tensor, torch.Tensor, str] | None:
         """If all that this gate hides is whole tokens: `selected` and `self_masked`, (B, T) bool each, and `hide`, as
@@ -132,7 +132,7 @@ class Gate(nn.Module):
 
     def hide_blocks(self, view: BlockView) -> Any:
         """The same for flex attention: a `mask_mod(batch, head, query, key)` that is combined with the model's own."""
-        raise NotImplementedError
+        raise NotImplementedError(f"{type(self).__name__} hides keys: for flex attention, define `hide_blocks(view)`.")
 
     def wrap(self, function: Callable[..., Any]) -> Callable[..., Any]:
         """The attention function to call instead of `function`, with its signature."""

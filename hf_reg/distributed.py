@@ -14,7 +14,7 @@ from torch import nn
 from transformers import TrainingArguments
 
 
-__all__ = ["check_launch", "data_parallel", "named_whole_parameters", "seed_rank", "whole"]
+__all__ = ["check_launch", "data_parallel", "named_whole_parameters", "seed_rank", "whole", "wrap_anew"]
 
 ADAPTERS = ("*.lora_*", "*.sorsa_*", "*.modules_to_save.*", "*.ia3_*", "*.vera_*", "*.oft_*", "*.hada_*", "*.lokr_*")
 
@@ -68,6 +68,15 @@ def data_parallel(accelerator: Accelerator) -> tuple[int, int]:
     config = getattr(accelerator, "parallelism_config", None)
     sharing = getattr(config, "non_data_parallel_size", 1) if config is not None else 1
     return accelerator.process_index // sharing, max(accelerator.num_processes // sharing, 1)
+
+
+def wrap_anew(accelerator: Accelerator, model: nn.Module, wrapped: nn.Module) -> None:
+    """Before training: let a bare model be wrapped by DDP, although it was evaluated.
+
+    An evaluation marks it as prepared, and `Trainer` (5.23) would then train each process by itself, without a word.
+    """
+    if accelerator.distributed_type.value.startswith("MULTI_") and wrapped is model:
+        model.__dict__.pop("_is_accelerate_prepared", None)
 
 
 def seed_rank(seed: int, rank: int) -> None:

@@ -11,7 +11,7 @@ from torch import nn
 from transformers import Trainer
 
 from .base import Penalty
-from .distributed import check_launch
+from .distributed import check_launch, wrap_anew
 from .patching import patch_model
 from .recipes import make_patches, make_penalties
 from .schedules import ScheduleCallback
@@ -118,11 +118,13 @@ class RegularizerMixin(_Base):
         if EXAMPLE_IDS not in self._signature_columns and "example_ids" in self._penalties.needs:
             self._signature_columns = [*self._signature_columns, EXAMPLE_IDS]
 
+    def train(self, *args: Any, **kwargs: Any) -> Any:
+        wrap_anew(self.accelerator, self.model, self.model_wrapped)
+        return super().train(*args, **kwargs)
+
     def _load_from_checkpoint(self, resume_from_checkpoint: str, *args: Any, **kwargs: Any) -> None:
         super()._load_from_checkpoint(resume_from_checkpoint, *args, **kwargs)
         self._around.load(resume_from_checkpoint)
-
-    # the loss
 
     def compute_loss(
         self,
@@ -248,8 +250,6 @@ class RegularizerMixin(_Base):
             model.zero_grad(set_to_none=True)  # without gradients an optimizer moves nothing, decay included
             return
         raise not_finite(names, self.state.global_step + 1, self.args.output_dir)
-
-    # logs
 
     def _note_evaluation(self, inputs: Mapping[str, Any], outputs: Any) -> None:
         examples = len(next(value for value in inputs.values() if isinstance(value, torch.Tensor) and value.dim()))

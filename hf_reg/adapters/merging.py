@@ -100,7 +100,7 @@ def merge_adapter(
             Inputs on which merged and unmerged model are compared; by default 2 x 32 random tokens.
         tolerance (`float`, *optional*):
             Largest accepted change relative to the largest logit; by default 1e-4 in fp32, 1e-2 in fp16 and 5e-2 in
-            bf16 (we chose them: some ten times what the rounding of one weight makes there).
+            bf16 (we chose them).
 
     Returns:
         `(nn.Module, MergeReport)`: the merged model, and what changed. The report prints as a table.

@@ -67,6 +67,8 @@ class _Regularized(PeftModel):
             if adapter_name in self._svd_adapters():
                 read_config(model_id)  # says what is missing
             return super().load_adapter(model_id, adapter_name, is_trainable=is_trainable, **kwargs)
+        if kwargs:
+            raise ValueError(f"load_adapter of {model_id}: {', '.join(kwargs)} cannot be given for an SVD adapter.")
         if adapter_name not in self.peft_config:
             config = read_config(model_id)
             config.inference_mode = not is_trainable
@@ -156,20 +158,20 @@ class _Regularized(PeftModel):
         return self.base_model.merge_and_unload(*args, **kwargs)
 
     def add_weighted_adapter(
-        self, adapters: Sequence[str], weights: Sequence[float], adapter_name: str, combination_type: str = "cat",
-        **kwargs: Any,
+        self, adapters: Sequence[str], weights: Sequence[float], adapter_name: str,
+        combination_type: str | None = None, **kwargs: Any,
     ) -> None:  # fmt: skip
-        """A plain LoRA adapter, `adapter_name`, that is the weighted sum of others, exactly (their ranks add up).
+        """As in [`~peft.LoraModel`]; with SVD adapters a plain LoRA that is the weighted sum exactly (ranks add up).
 
         Raises:
             `ValueError`: for another `combination_type` than `"cat"` when an SVD adapter takes part: the others mix or
                 prune factors, of which an SVD adapter's mean nothing without what it started from.
         """
         if not any(name in self._svd_adapters() for name in adapters):
-            kwargs |= {} if combination_type == "cat" else {"combination_type": combination_type}
+            kwargs |= {} if combination_type is None else {"combination_type": combination_type}
             self.base_model.add_weighted_adapter(adapters, weights, adapter_name, **kwargs)
             return
-        if combination_type != "cat" or kwargs:
+        if combination_type not in (None, "cat") or kwargs:
             raise ValueError(
                 f"combination_type={combination_type!r} {sorted(kwargs)}: SVD adapters are combined with 'cat' only, "
                 "which is exact. For another, save them and load the plain LoRA adapters with peft.PeftModel."

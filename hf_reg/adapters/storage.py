@@ -136,6 +136,9 @@ def restore(model: nn.Module, adapter_name: str, folder: str | os.PathLike[str],
             f"{wanted.get(key, 'missing')} here. Load it with the configuration that it was saved with: "
             "get_regularized_peft_model(model, folder)."
         )
+    others = {key: tensor for key, tensor in others.items() if ".lora_A." not in key and ".lora_B." not in key}
+    if others:
+        set_peft_model_state_dict(model, others, adapter_name=adapter_name)
     for name, layer in layers.items():
         names = layer.parameters_of(adapter_name)
         layer.restore(
@@ -144,6 +147,3 @@ def restore(model: nn.Module, adapter_name: str, folder: str | os.PathLike[str],
             {factor: saved[f"{name}.start.{factor}"] for factor in names},
             folded,
         )
-    others = {key: tensor for key, tensor in others.items() if ".lora_A." not in key and ".lora_B." not in key}
-    if others:
-        set_peft_model_state_dict(model, others, adapter_name=adapter_name)

@@ -64,14 +64,6 @@ class PreferenceTrainer(Trainer):
         if not self._signature_columns:
             self._signature_columns = [*TOKENS, *REFERENCE]
 
-    def train(self, *args: Any, **kwargs: Any) -> Any:
-        """As in [`~transformers.Trainer`], after an evaluation too: that marks the bare model as prepared, which
-        would then be trained without DDP, each process by itself."""
-        several = self.accelerator.distributed_type.value.startswith("MULTI_")
-        if several and self.model_wrapped is self.model:
-            self.model.__dict__.pop("_is_accelerate_prepared", None)
-        return super().train(*args, **kwargs)
-
     def get_batch_samples(self, *args: Any, **kwargs: Any) -> tuple[list, Any]:
         batches, items = super().get_batch_samples(*args, **kwargs)
         self._pairs.open(batches)

@@ -163,6 +163,8 @@ def test_files_that_do_not_fit_are_refused(tmp_path: Path) -> None:
     assert torch.equal(logits(other), wanted)
     with pytest.raises(ValueError, match="holds a sorsa adapter, but 'default' is BALoraConfig"):
         adapted("ba_lora").load_adapter(str(tmp_path / "a"), "default")
+    with pytest.raises(ValueError, match="key_mapping cannot be given for an SVD adapter"):
+        model.load_adapter(str(tmp_path / "a"), "default", key_mapping={})
     get_peft_model(build(), LoraConfig(r=2, target_modules="all-linear")).save_pretrained(tmp_path / "stock")
     with pytest.raises(ValueError, match=r"holds no hf_reg.json: expected a folder that save_pretrained"):
         other.load_adapter(str(tmp_path / "stock"), "default")

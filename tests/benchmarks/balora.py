@@ -13,6 +13,7 @@ from peft import LoraConfig, get_peft_model
 from hf_reg import BALoraConfig, RegularizedTrainer, RegularizedTrainingArguments, get_regularized_peft_model
 from hf_reg.penalties import Consistency, Diversity, SvdConcentration
 
+from .steps import trainer_step
 from .timing import Row, interleave, memory_rows, ratio
 
 
@@ -68,17 +69,7 @@ def training_step(trainer: transformers.Trainer) -> Callable[[], Any]:
     batch = {key: torch.stack([row[key] for row in rows]) for key in rows[0]}
     if isinstance(trainer, RegularizedTrainer):
         batch["example_ids"] = torch.arange(BATCH)
-    trainer.create_optimizer_and_scheduler(num_training_steps=1000)
-    trainer.current_gradient_accumulation_steps = 1
-    trainer.model.train()
-
-    def run() -> None:
-        batches, items = trainer.get_batch_samples(iter([batch]), 1, trainer.args.device)
-        trainer.training_step(trainer.model, dict(batches[0]), items)
-        trainer.optimizer.step()
-        trainer.model.zero_grad()
-
-    return run
+    return trainer_step(trainer, batch)
 
 
 def run(rounds: int) -> list[Row]:

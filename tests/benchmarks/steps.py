@@ -31,6 +31,21 @@ def minilm(attention_dropout: float = 0.0, implementation: str = "sdpa") -> torc
     return model.train()
 
 
+def trainer_step(trainer: transformers.Trainer, batch: dict[str, torch.Tensor]) -> Callable[[], Any]:
+    """A closure that takes a whole optimizer step of a trainer on a fixed batch, without its data loader."""
+    trainer.create_optimizer_and_scheduler(num_training_steps=1000)
+    trainer.current_gradient_accumulation_steps = 1
+    trainer.model.train()
+
+    def run() -> None:
+        batches, items = trainer.get_batch_samples(iter([batch]), 1, trainer.args.device)
+        trainer.training_step(trainer.model, dict(batches[0]), items)
+        trainer.optimizer.step()
+        trainer.model.zero_grad()
+
+    return run
+
+
 def step(model: torch.nn.Module, batch: int, length: int, padding: int = 0) -> Callable[[], Any]:
     """A closure that takes one step on a fixed random batch, of which one example ends in `padding` tokens of padding.
 

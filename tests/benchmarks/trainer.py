@@ -11,7 +11,7 @@ import transformers
 from hf_reg import RegularizedTrainer, RegularizedTrainingArguments
 
 from ..distributed.heads import ROWS, expected, gradients
-from .steps import minilm
+from .steps import minilm, trainer_step
 from .timing import Row, interleave, memory_rows, ratio
 
 
@@ -31,16 +31,7 @@ def training_step(trainer: transformers.Trainer, batch: int, length: int) -> Cal
         "attention_mask": torch.ones(batch, length, dtype=torch.long),
         "labels": torch.randint(0, 5, (batch,), generator=generator),
     }
-    trainer.create_optimizer_and_scheduler(num_training_steps=1000)
-    trainer.current_gradient_accumulation_steps = 1
-
-    def run() -> None:
-        batches, items = trainer.get_batch_samples(iter([inputs]), 1, trainer.args.device)
-        trainer.training_step(trainer.model, dict(batches[0]), items)
-        trainer.optimizer.step()
-        trainer.model.zero_grad()
-
-    return run
+    return trainer_step(trainer, inputs)
 
 
 def run(rounds: int) -> list[Row]:

@@ -37,6 +37,8 @@ def run(name: str, folder: Path, processes: int, checkpointing: bool = False, **
     assert all(len(row["input_ids"]) == LENGTH for row in data)
     model = adapted(method, **chosen)
     trainer = RegularizedTrainer(model=model, args=args, train_dataset=data)
+    if not settings:  # DDP: an evaluation before must not leave it out
+        trainer.evaluate(data[:2])
     trainer.train()
     trainer.save_model(str(folder / name))
     return [entry["loss"] for entry in trainer.state.log_history if "loss" in entry]
