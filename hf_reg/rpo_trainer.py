@@ -14,8 +14,8 @@ from .patching import unwrap
 from .preferences import PreferenceCollator, prepare_preferences
 from .preferences.arguments import RPOConfig
 from .preferences.data import REFERENCE, PreferencePairs
+from .preferences.layouts import model_inputs
 from .preferences.reference import Reference, refuse_head
-from .preferences.scoring import model_inputs
 from .preferences.trainer import PreferenceTrainer
 from .seams import SEAM
 from .trainer import RegularizerMixin

@@ -16,7 +16,7 @@ import torch
 from torch import nn
 from transformers.modeling_utils import AttentionInterface
 
-from . import gathered, masks
+from . import gathered, masks, segments
 from .base import Gate
 
 
@@ -95,6 +95,10 @@ def _attend(
 ) -> Any:
     spared = kwargs.pop(masks.SPARED, None)
     seam = module._modules.get(SEAM)
+    if segments.is_table(attention_mask):
+        if seam is not None and seam.enabled():
+            raise ValueError("Patches act on whole rows; this row holds several examples. Lay them out one a row.")
+        return segments.attend(function, attention_mask, module, query, key, value, kwargs)
     if seam is None:
         return function(module, query, key, value, attention_mask, **kwargs)
     return seam.attend(function, implementation, module, query, key, value, attention_mask, spared, kwargs)  # type: ignore

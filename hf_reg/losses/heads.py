@@ -16,7 +16,7 @@ from ..penalties.answers import shifts_labels
 from ..penalties.precision import exactly
 
 
-__all__ = ["CannotFuse", "HeadInput", "LinearHead", "find_head", "head_input", "recognize"]
+__all__ = ["CannotFuse", "HeadInput", "LinearHead", "find_head", "head_input", "output_layer", "recognize"]
 
 LARGE = 100.0  # largest logit of the trial: where a soft cap shows
 TOLERANCES = {torch.float64: 1e-6, torch.float32: 1e-4, torch.float16: 1e-2, torch.bfloat16: 3e-2}
@@ -77,6 +77,18 @@ class LinearHead:
         return found.mul_(self.scale) if self.scale != 1.0 else found
 
 
+def output_layer(model: nn.Module) -> nn.Module | None:
+    """What makes logits of hidden states in a causal language model, unwrapped from PEFT; `None` if it names nothing.
+
+    Raises:
+        [`CannotFuse`]: for another task.
+    """
+    base: Any = model.get_base_model() if hasattr(model, "get_base_model") else model  # type: ignore[operator]
+    if not shifts_labels(base):
+        raise CannotFuse(f"{type(base).__name__} is no causal language model")
+    return base.get_output_embeddings() if hasattr(base, "get_output_embeddings") else None
+
+
 def find_head(model: nn.Module, trained: bool = False) -> nn.Linear:
     """The head of a causal language model, unwrapped from PEFT, if its logits can be computed outside of the model.
 
@@ -86,11 +98,9 @@ def find_head(model: nn.Module, trained: bool = False) -> nn.Linear:
     Raises:
         [`CannotFuse`]: for another task, and for a head that is trained, adapted, sharded or no plain linear map.
     """
+    head = output_layer(model)
     base: Any = model.get_base_model() if hasattr(model, "get_base_model") else model  # type: ignore[operator]
     name = type(base).__name__
-    if not shifts_labels(base):
-        raise CannotFuse(f"{name} is no causal language model")
-    head = base.get_output_embeddings() if hasattr(base, "get_output_embeddings") else None
     if head is None:
         raise CannotFuse(f"{name} names no head (get_output_embeddings)")
     if type(head) is not nn.Linear:

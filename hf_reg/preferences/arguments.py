@@ -31,6 +31,12 @@ OWN_DOC = """
         truncation_mode (`str`, *optional*, defaults to `"keep_start"`):
             `"keep_start"` cuts the end of the answer, `"keep_end"` the start of the prompt.
         pad_to_multiple_of (`int`, *optional*): fill the rows of a batch up to a multiple of this length.
+        share_prompts (`bool`, *optional*, defaults to `True`):
+            Compute each prompt once for both of its answers, where the model's attention allows it (a log message says
+            where it does not): the same log-probs from fewer tokens, without padding.
+        max_tokens_per_batch (`int`, *optional*):
+            Fill each micro-batch with pairs up to this many tokens, in the place of `per_device_train_batch_size`
+            pairs. A step is still a mean over all of its pairs.
         disable_dropout (`bool`, *optional*, defaults to `True`):
             Switch the policy's own dropout off, LoRA's included, as TRL does; patches stay. The reference never has
             any.
@@ -52,6 +58,8 @@ class RPOConfig(RegularizedTrainingArguments):
     max_prompt_length: int | None = field(default=None, metadata={"help": "Most tokens of the prompt."})
     truncation_mode: str = field(default="keep_start", metadata={"help": "keep_start or keep_end (of the prompt)."})
     pad_to_multiple_of: int | None = field(default=None, metadata={"help": "Fill rows up to a multiple of it."})
+    share_prompts: bool = field(default=True, metadata={"help": "Compute a prompt once for both of its answers."})
+    max_tokens_per_batch: int | None = field(default=None, metadata={"help": "Fill micro-batches up to it."})
     disable_dropout: bool = field(default=True, metadata={"help": "Switch the policy's own dropout off."})
     rpo_alpha: float | None = field(default=None, metadata={"help": "Refused: TRL's versions disagree on it."})
 

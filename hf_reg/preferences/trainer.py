@@ -6,33 +6,38 @@ from typing import Any
 
 import torch
 from torch import nn
+from torch.utils.data import DataLoader
 from transformers import Trainer
 
 from ..losses import RPOLossOutput, rpo_loss
 from ..training.task_loss import TaskLoss
 from ..training.terms import Terms
+from .budget import TokenBudgetSampler, pair_sizes
 from .data import REFERENCE, TOKENS
 from .reference import Reference
-from .scoring import AnswerScores
+from .scoring import AnswerScores, Limits
 
 
-__all__ = ["PreferenceTrainer", "whole_logits_reason"]
+__all__ = ["PreferenceTrainer", "limits_of"]
 
 
-def whole_logits_reason(trainer: Any) -> str | None:
-    """Why the head cannot be applied outside of the model in this run; `None`: it can."""
+def limits_of(trainer: Any) -> Limits:
+    """What the way in which a run computes rules out."""
     kind = trainer.accelerator.distributed_type.value
     config = getattr(trainer.accelerator, "parallelism_config", None)
     compiled = any(hasattr(one, "_orig_mod") or one._compiled_call_impl is not None for one in trainer.model.modules())
     for stands, reason in (
         (trainer.args.torch_compile or compiled, "the model is compiled"),
         (trainer.args.n_gpu > 1, "torch.nn.DataParallel copies the model"),
-        (kind in ("FSDP", "DEEPSPEED", "MEGATRON_LM"), f"{kind} may shard the head"),
         (getattr(config, "non_data_parallel_size", 1) > 1, "tensor or context parallelism splits a batch"),
     ):
         if stands:
-            return reason
-    return None
+            return Limits(chunks=reason, positions=reason, sharing=reason)
+    sharded = f"{kind} may shard the head" if kind in ("FSDP", "DEEPSPEED", "MEGATRON_LM") else None
+    alone = None if trainer.args.share_prompts else "share_prompts=False"
+    if trainer.args.neftune_noise_alpha is not None:
+        alone = "neftune_noise_alpha scales its noise by the length of a row"
+    return Limits(chunks=sharded, sharing=alone)
 
 
 class PreferenceTrainer(Trainer):
@@ -53,8 +58,8 @@ class PreferenceTrainer(Trainer):
         super().__init__(*args, **kwargs)
         self.model_accepts_loss_kwargs = False  # the loss is a mean, which `training_step` divides
         self.reference = reference
-        self._scores = AnswerScores(self.accelerator.unwrap_model(self.model, keep_torch_compile=False))
-        self._scores.reason = whole_logits_reason(self)
+        policy = self.accelerator.unwrap_model(self.model, keep_torch_compile=False)
+        self._scores = AnswerScores(policy, limits_of(self))
         if reference.other is None:
             reference.scores = self._scores
         self._pairs = TaskLoss(self.accelerator, "examples")
@@ -63,6 +68,25 @@ class PreferenceTrainer(Trainer):
     def _set_signature_columns_if_needed(self) -> None:
         if not self._signature_columns:
             self._signature_columns = [*TOKENS, *REFERENCE]
+
+    def get_train_dataloader(self) -> DataLoader:
+        """Batches of `max_tokens_per_batch`, if that is set."""
+        args, pairs = self.args, self.train_dataset
+        if args.max_tokens_per_batch is None or pairs is None:
+            return super().get_train_dataloader()
+        sharded = self._scores.limits.chunks is not None  # processes must agree before the model runs
+        if not sharded:
+            self._scores.prepare(self._prepare_inputs(self.data_collator([pairs[0]])))
+        shared = not sharded and self._scores.sharing.works
+        sizes = pair_sizes(pairs, args.max_length, args.truncation_mode, shared)
+        seed = args.seed if args.data_seed is None else args.data_seed
+        loader = DataLoader(
+            pairs, batch_sampler=TokenBudgetSampler(sizes, args.max_tokens_per_batch, seed),
+            collate_fn=self.data_collator, num_workers=args.dataloader_num_workers,
+            pin_memory=args.dataloader_pin_memory, persistent_workers=args.dataloader_persistent_workers,
+            prefetch_factor=args.dataloader_prefetch_factor,
+        )  # fmt: skip
+        return self.accelerator.prepare(loader)
 
     def get_batch_samples(self, *args: Any, **kwargs: Any) -> tuple[list, Any]:
         batches, items = super().get_batch_samples(*args, **kwargs)

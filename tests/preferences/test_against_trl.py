@@ -35,14 +35,15 @@ def largest_difference(found: dict[str, torch.Tensor], expected: dict[str, torch
 @pytest.mark.parametrize("kind", ["lora", "full", "tied"])
 @pytest.mark.parametrize("eta", [WEIGHT, 0.0])
 @pytest.mark.parametrize("rows", [PLAIN, TURNS])
-def test_loss_and_gradients(kind: str, eta: float, rows: list[dict[str, Any]], tmp_path: Path) -> None:
+@pytest.mark.parametrize("shared", [True, False])
+def test_loss_and_gradients(kind: str, eta: float, rows: list[dict[str, Any]], shared: bool, tmp_path: Path) -> None:
     if kind == "lora":
         model, other = lora(moved=0.1), None
     else:
         model, other = (llama(seed, tie_word_embeddings=kind == "tied") for seed in (2, 3))
     losses = {"loss_type": ["sigmoid", "sft"], "loss_weights": [1.0, eta]} if eta else {"loss_type": ["sigmoid"]}
     theirs = of_trl(tmp_path, copy.deepcopy(model), copy.deepcopy(other), rows, **losses)
-    ours = trainer(tmp_path, model, rows, ref_model=other, variant="trl", beta=BETA, eta=eta)
+    ours = trainer(tmp_path, model, rows, ref_model=other, variant="trl", beta=BETA, eta=eta, share_prompts=shared)
 
     if "ref" in getattr(theirs.model, "peft_config", {}):  # a copy of the adapter as it was given, which is not ours
         theirs.model.delete_adapter("ref")
@@ -57,7 +58,7 @@ def test_loss_and_gradients(kind: str, eta: float, rows: list[dict[str, Any]], t
 
     assert found.item() == pytest.approx(wanted.item(), rel=1e-5)
     assert largest_difference(gradients(ours.model), gradients(theirs.model)) < 1e-5
-    assert ours._scores.reason is None
+    assert ours._scores.head is not None and ours._scores.sharing.works is shared
 
     metrics = ours._means(True)
     for name in ("rewards/chosen", "rewards/rejected", "rewards/margins", "rewards/accuracies", "logps/chosen",

@@ -232,31 +232,36 @@ def test_penalties_on_outputs_see_every_logit(tmp_path: Path) -> None:
 
 
 class Doubled(nn.Module):
-    """A head that is no linear map."""
+    """A head that is no linear map; one that `mixes` positions sees them all."""
 
-    def __init__(self, inner: nn.Linear) -> None:
+    def __init__(self, inner: nn.Linear, mixes: bool) -> None:
         super().__init__()
-        self.inner = inner
+        self.inner, self.mixes = inner, mixes
 
     def forward(self, hidden: torch.Tensor) -> torch.Tensor:
-        return self.inner(hidden) + torch.sin(self.inner(hidden))
+        logits = self.inner(hidden) + torch.sin(self.inner(hidden))
+        return logits + 3 * self.inner(hidden.mean(1, keepdim=True)) if self.mixes else logits
 
 
-def test_other_heads_fall_back_to_whole_logits(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+@pytest.mark.parametrize("mixes", [False, True])
+def test_other_heads_are_the_models_own(mixes: bool, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Handed answer positions, or, where their logits depend on other positions, all of them."""
     messages: list[str] = []
     monkeypatch.setattr(scoring.logger, "warning", messages.append)
     base = llama()
-    base.lm_head = Doubled(base.lm_head)  # type: ignore[assignment]
+    base.lm_head = Doubled(base.lm_head, mixes)  # type: ignore[assignment]
     made = trainer(tmp_path, lora(base, moved=0.1))
     batch = one_batch(made)
     made.model.eval()
     torch.testing.assert_close(made._scores(batch)[0].detach(), scores_by_hand(made.model, batch))
     made._scores(batch)
-    (message,) = [message for message in messages if "whole logits" in message]
+    (message,) = [message for message in messages if "logits" in message]
     assert message.startswith(
         "Log-probs of PeftModelForCausalLM are computed from whole logits, not in chunks: the head of "
-        "LlamaForCausalLM is no plain linear map"
+        if mixes
+        else "Logits of PeftModelForCausalLM are computed at all answer positions, not in chunks: the head of "
     )
+    assert ("depend on all positions" in message) is mixes and "LlamaForCausalLM is no plain linear map" in message
     made.train()
 
 
@@ -264,10 +269,9 @@ def test_the_head_meets_answers_only(tmp_path: Path) -> None:
     """No logits of all positions, neither in training nor in evaluation."""
     made = trainer(tmp_path, lora(moved=0.1), eval_dataset=PLAIN)
     batch = one_batch(made)
-    made._scores.in_chunks(batch)
+    made._scores.prepare(batch)
     shapes: list[Any] = []
     hook = made.model.get_output_embeddings().register_forward_hook(lambda *all: shapes.append(all[2].shape))
-    made._scores.reason = None
     made.train()
     made.evaluate()
     hook.remove()
@@ -281,7 +285,7 @@ def test_prompt_tuning_puts_positions_in_front(tmp_path: Path) -> None:
     torch.testing.assert_close(made._scores(batch)[0], made._scores(batch, whole=True)[0])
     torch.testing.assert_close(made.reference(batch), scores_by_hand(made.model.base_model, batch))
     made.train()
-    assert made._scores.reason is None
+    assert made._scores.head is not None
 
 
 def test_gradient_checkpointing_gives_the_same_step(tmp_path: Path) -> None:
@@ -296,7 +300,7 @@ def test_another_architecture_and_bf16(tmp_path: Path) -> None:
     config = GPT2Config(vocab_size=WORDS, n_embd=32, n_layer=2, n_head=4, n_positions=128)
     made = trainer(tmp_path, lora(GPT2LMHeadModel(config), target_modules=["c_attn"]), bf16=True)
     made.train()
-    assert made._scores.reason is None
+    assert made._scores.head is not None
     assert made.state.log_history[0]["loss_dpo"] == pytest.approx(math.log(2), rel=1e-3)
 
 
