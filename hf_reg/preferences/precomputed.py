@@ -84,7 +84,7 @@ def precompute_reference(trainer: Any, data: Mapping[str, PreferencePairs]) -> N
             _check_finite(table, pairs, name)
             computed += len(pairs)
             if path is not None and accelerator.is_main_process:
-                _write(path, table, hashes, type(model).__name__)
+                _write(path, table, hashes, str(reference))
         else:
             read += len(pairs)
         for pair, row in zip(pairs, table.tolist(), strict=True):
@@ -216,10 +216,10 @@ def _read(path: Path, hashes: torch.Tensor) -> torch.Tensor | None:
     return table
 
 
-def _write(path: Path, table: torch.Tensor, hashes: torch.Tensor, model: str) -> None:
+def _write(path: Path, table: torch.Tensor, hashes: torch.Tensor, reference: str) -> None:
     from hf_reg import __version__
 
     columns = {name: column.contiguous() for name, column in zip(REFERENCE, table.unbind(1), strict=True)}
-    about = {"model": model, "pairs": str(len(hashes)), "hf_reg_version": __version__}
+    about = {"reference": reference, "pairs": str(len(hashes)), "hf_reg_version": __version__}
     with replacing(path) as unfinished:
         save_file({**columns, "pairs": hashes}, unfinished, metadata=about)
