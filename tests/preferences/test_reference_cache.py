@@ -312,7 +312,7 @@ def test_a_write_that_stops_leaves_nothing(tmp_path: Path, monkeypatch: pytest.M
 
 def test_folders_that_are_none(tmp_path: Path) -> None:
     (tmp_path / "file").write_text("")
-    for folder in (tmp_path / "file", tmp_path / "file" / "below", Path("/proc/nothing")):
+    for folder in (tmp_path / "file", tmp_path / "file" / "below", Path("/proc/nothing"), Path("/proc")):
         model = lora()
         forwards = Forwards(model)
         with pytest.raises(ValueError, match="is no folder that can be written to .* Give another one"):
