@@ -15,6 +15,7 @@ from .preferences import PreferenceCollator, prepare_preferences
 from .preferences.arguments import RPOConfig
 from .preferences.data import REFERENCE, PreferencePairs
 from .preferences.layouts import model_inputs
+from .preferences.precomputed import check_precomputing, precompute_reference
 from .preferences.reference import Reference, refuse_head
 from .preferences.trainer import PreferenceTrainer
 from .seams import SEAM
@@ -77,7 +78,8 @@ class RPOTrainer(RegularizerMixin, PreferenceTrainer):
         args ([`RPOConfig`], *optional*): the loss (`print(args.formula)`), limits of the data, and a run's arguments.
         train_dataset, eval_dataset: rows for [`prepare_preferences`], with a length; several as a dict to evaluate on.
         processing_class ([`~transformers.PreTrainedTokenizerBase`]): the tokenizer.
-        ref_model (`nn.Module`, *optional*): a reference of its own; needed where the whole model is trained.
+        ref_model (`nn.Module`, *optional*): a reference of its own; needed where the whole model is trained, unless
+            `args.precompute_reference` says that the model as it is given is the reference.
         penalties, patches, teacher: of [`RegularizerMixin`]. The reference runs without patches.
         kwargs: of [`~transformers.Trainer`].
 
@@ -109,7 +111,11 @@ class RPOTrainer(RegularizerMixin, PreferenceTrainer):
         _refuse(model, args, kwargs)
         rows = train_dataset if train_dataset is not None else eval_dataset
         self._stored = _stores_reference(rows)
-        reference = Reference(model, ref_model, self._stored)
+        early = args.precompute_reference
+        if early:
+            check_precomputing(args, self._stored, kwargs.get("data_collator"))
+        self._unscored: dict[str, PreferencePairs] | None = {} if early else None  # what `_prepared` sees meanwhile
+        reference = Reference(model, ref_model, self._stored, at_start=early)
         if args.disable_dropout:
             _without_dropout(model)
         self.processing_class, self.args = processing_class, args  # `_prepared` reads them
@@ -124,6 +130,9 @@ class RPOTrainer(RegularizerMixin, PreferenceTrainer):
             reference=reference, **kwargs,
         )  # fmt: skip
         reference.refuse_patches()
+        if self._unscored is not None:
+            precompute_reference(self, self._unscored)
+            self._unscored = None
         logger.warning(f"Loss: {args.formula}. Reference: {reference}.")
 
     def _prepared(self, dataset: Any, name: str) -> Any:
@@ -144,12 +153,17 @@ class RPOTrainer(RegularizerMixin, PreferenceTrainer):
                 dataset, self.processing_class, max_length=limits[0], max_prompt_length=limits[1],
                 truncation_mode=limits[2], name=name,
             )  # fmt: skip
+        if self._unscored is None and args.precompute_reference:
+            return pairs  # with columns, or what the reference is asked for
         if pairs.stores_reference != self._stored:
             columns = " and ".join(REFERENCE)
             raise ValueError(
                 f"{name} has {'' if pairs.stores_reference else 'no '}{columns}, other data of this run has "
                 f"{'none' if pairs.stores_reference else 'them'}. Give the columns in every data set, or in none."
             )
+        if self._unscored is not None:  # in pairs of our own: those that were given stay as they are
+            pairs = PreferencePairs([dict(pair) for pair in pairs], limits, pairs.row_numbers)
+            self._unscored[name] = pairs
         return pairs
 
     def get_eval_dataloader(self, eval_dataset: Any = None) -> Any:

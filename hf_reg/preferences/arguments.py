@@ -40,6 +40,14 @@ OWN_DOC = """
         disable_dropout (`bool`, *optional*, defaults to `True`):
             Switch the policy's own dropout off, LoRA's included, as TRL does; patches stay. The reference never has
             any.
+        precompute_reference (`bool`, *optional*, defaults to `False`):
+            Compute the reference's log-probs once, before training, instead of in every step; `ref_model` is let go of
+            then. A model that is trained as a whole may then be its own reference, as it is when the trainer is made.
+        reference_cache (`str`, *optional*):
+            A folder that keeps these log-probs for later runs, a file for each data set; implies
+            `precompute_reference`. A file belongs to the reference's weights and configuration, to the precision it
+            computes in, and to the token ids of all pairs, in their order and as they are cut: that is, to data,
+            tokenizer, chat template and limits. Whatever else is changed, the file is read; else computed anew.
         rpo_alpha: refused, with a table of what it meant in TRL.
 """
 
@@ -61,6 +69,12 @@ class RPOConfig(RegularizedTrainingArguments):
     share_prompts: bool = field(default=True, metadata={"help": "Compute a prompt once for both of its answers."})
     max_tokens_per_batch: int | None = field(default=None, metadata={"help": "Fill micro-batches up to it."})
     disable_dropout: bool = field(default=True, metadata={"help": "Switch the policy's own dropout off."})
+    precompute_reference: bool = field(
+        default=False, metadata={"help": "Compute the reference's log-probs once, before training."}
+    )
+    reference_cache: str | None = field(
+        default=None, metadata={"help": "Folder that keeps these log-probs; implies precompute_reference."}
+    )
     rpo_alpha: float | None = field(default=None, metadata={"help": "Refused: TRL's versions disagree on it."})
 
     def __post_init__(self) -> None:
@@ -71,6 +85,7 @@ class RPOConfig(RegularizedTrainingArguments):
         rpo_loss(one, one, one, one, lengths=one, **settings)
         self.beta = DEFAULTS[self.variant][0] if self.beta is None else self.beta
         self.eta = DEFAULTS[self.variant][1] if self.eta is None else self.eta
+        self.precompute_reference |= self.reference_cache is not None
         check_limits(self.max_length, self.max_prompt_length, self.truncation_mode)
         super().__post_init__()
         for name, remedy in (

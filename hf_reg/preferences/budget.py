@@ -37,13 +37,15 @@ class TokenBudgetSampler(Sampler[list[int]]):
     Args:
         sizes (sequence of `int`): tokens of each pair.
         budget (`int`): most tokens of a batch.
-        seed (`int`): of the order.
+        seed (`int`, *optional*, defaults to 0): of the order.
+        processes (`int`, *optional*, defaults to 1):
+            How many take batches in turn: some are halved so that all have as many and none is repeated.
 
     Raises:
         `ValueError`: for a pair of more tokens than the budget.
     """
 
-    def __init__(self, sizes: Sequence[int], budget: int, seed: int = 0) -> None:
+    def __init__(self, sizes: Sequence[int], budget: int, seed: int = 0, processes: int = 1) -> None:
         check_range("RPOConfig", "max_tokens_per_batch", budget, 1, float("inf"))
         largest = max(range(len(sizes)), key=sizes.__getitem__)
         if sizes[largest] > budget:
@@ -63,6 +65,9 @@ class TokenBudgetSampler(Sampler[list[int]]):
             if len(begun) > OPEN:
                 self.batches.append(begun.pop(0)[1])
         self.batches += [batch for _, batch in begun]
+        while len(self.batches) % processes and len(longest := max(self.batches, key=len)) > 1:
+            self.batches.remove(longest)
+            self.batches += [longest[::2], longest[1::2]]
 
     def set_epoch(self, epoch: int) -> None:
         self.epoch = epoch

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections import Counter
-from collections.abc import Iterable, Mapping
+from collections.abc import Iterable, Mapping, Sequence
 from typing import Any
 
 import numpy as np
@@ -23,11 +23,17 @@ REFERENCE = ("ref_chosen_logps", "ref_rejected_logps")
 
 
 class PreferencePairs(list):
-    """Pairs as token ids, and the `limits` (max_length, max_prompt_length, truncation_mode) they were checked with."""
+    """Pairs as token ids, the `limits` (max_length, max_prompt_length, truncation_mode) they were checked with, and
+    which row of the data each pair was (`row_numbers`)."""
 
-    def __init__(self, pairs: Iterable[dict[str, Any]], limits: tuple[int | None, int | None, str]) -> None:
+    def __init__(
+        self,
+        pairs: Iterable[dict[str, Any]],
+        limits: tuple[int | None, int | None, str],
+        row_numbers: Sequence[int],
+    ) -> None:
         super().__init__(pairs)
-        self.limits = limits
+        self.limits, self.row_numbers = limits, row_numbers
 
     @property
     def stores_reference(self) -> bool:
@@ -104,6 +110,7 @@ def prepare_preferences(
     check_limits(max_length, max_prompt_length, truncation_mode)
     check_tokenizer(tokenizer)
     prepared: list[dict[str, Any]] = []
+    row_numbers: list[int] = []
     left_out: Counter[str] = Counter()
     shorter = count = lost = 0
     for count, row in enumerate(rows, start=1):
@@ -121,6 +128,7 @@ def prepare_preferences(
         lost += bool(tail)
         arrays = {key: np.asarray(value, dtype=np.int32) for key, value in ids.items()}
         prepared.append(arrays | _reference(row, where))
+        row_numbers.append(count - 1)
     _say(name, count, left_out, shorter, lost)
     if not prepared:
         reasons = "; ".join(f"{number} with {reason}" for reason, number in left_out.most_common())
@@ -128,7 +136,7 @@ def prepare_preferences(
     given = {tuple(sorted(set(REFERENCE) & set(row))) for row in prepared}
     if len(given) > 1:
         raise ValueError(f"{name}: only some rows hold {' and '.join(REFERENCE)}. Give them in all rows, or in none.")
-    return PreferencePairs(prepared, (max_length, max_prompt_length, truncation_mode))
+    return PreferencePairs(prepared, (max_length, max_prompt_length, truncation_mode), row_numbers)
 
 
 def _token_ids(row: Any, tokenizer: Any, where: str) -> tuple[dict[str, list[int]], list[int]]:

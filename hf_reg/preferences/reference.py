@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Iterator, Mapping
+from contextlib import nullcontext
 from typing import Any
 
 import torch
@@ -77,13 +78,18 @@ class Reference:
         model (`nn.Module`): the policy, without the wrappers of distributed training.
         other (`nn.Module`, *optional*): a reference of its own; it is never trained.
         stored (`bool`, *optional*, defaults to `False`): whether the data brings the reference's log-probs.
+        at_start (`bool`, *optional*, defaults to `False`): whether they are computed before training: then a model
+            that is trained as a whole may be its own reference.
 
     Raises:
         `ValueError`: if there is no reference, more than one, or the base of the adapter was changed.
     """
 
-    def __init__(self, model: nn.Module, other: nn.Module | None = None, stored: bool = False) -> None:
+    def __init__(
+        self, model: nn.Module, other: nn.Module | None = None, stored: bool = False, at_start: bool = False
+    ) -> None:
         self.model, self.other, self.stored = model, other, stored
+        self.kept: str | None = None  # what it was, once its log-probs are in the data
         if other is not None and stored:
             raise ValueError(
                 f"Two references: ref_model and the columns {' and '.join(REFERENCE)}. Leave one of them out."
@@ -92,15 +98,20 @@ class Reference:
             raise ValueError("ref_model is the model in training itself. Load a second one, or train an adapter.")
         if other is not None:
             other.requires_grad_(False).eval()
-        elif not stored:
+        elif not stored and (self._has_adapter or not at_start):
             self._check_adapter(model)
         self.scores = AnswerScores(model if other is None else other)
 
+    @property
+    def _has_adapter(self) -> bool:
+        return hasattr(self.model, "disable_adapter")
+
     def _check_adapter(self, model: Any) -> None:
-        if not hasattr(model, "disable_adapter"):
+        if not self._has_adapter:
             raise ValueError(
-                f"{type(model).__name__} is trained as a whole, so no reference is left of it. {REMEDY}, or train an "
-                "adapter (peft.get_peft_model), which is switched off for the reference."
+                f"{type(model).__name__} is trained as a whole, so no reference is left of it. {REMEDY}; or "
+                "compute its log-probs before training (precompute_reference=True); or train an adapter "
+                "(peft.get_peft_model), which is switched off for the reference."
             )
         changes = "; ".join(_changed(model))
         if changes:
@@ -124,33 +135,55 @@ class Reference:
                 "patch out (unpatch_model)."
             )
 
+    def keep(self, note: str) -> None:
+        """From now on the data brings the log-probs. Other data can be compared with an adapter that is off only.
+
+        Args:
+            note (`str`): how they were computed, for `str`.
+        """
+        self.kept = f"{self}, computed before training ({note})"
+        self.stored = self.other is not None or not self._has_adapter
+        if self.other is not None:
+            self.other, self.scores = None, AnswerScores(self.model)
+
     def __str__(self) -> str:
+        if self.kept is not None:
+            return self.kept
         if self.stored:
             return f"the log-probs stored as {' and '.join(REFERENCE)}"
         if self.other is not None:
             return f"the given {type(self.other).__name__}"
+        if not self._has_adapter:
+            return f"{type(self.model).__name__} as it is at the start"
         return f"{type(self.model.get_base_model()).__name__} with the adapter off"  # type: ignore[operator]
 
     @torch.no_grad()
     def __call__(self, batch: Mapping[str, torch.Tensor]) -> torch.Tensor:
-        """Sums of log-probs (2 B,), chosen answers first.
+        """Sums of log-probs (2 B,), chosen answers first: those in the batch, or else computed.
 
         Raises:
             `ValueError`: if they are to be in the batch and are not.
         """
-        if self.stored:
-            missing = [name for name in REFERENCE if name not in batch]
-            if missing:
-                raise ValueError(
-                    f"The training data brings the reference's log-probs, this batch has no {' and '.join(missing)}. "
-                    "Give the columns in every data set, or pass ref_model."
-                )
+        missing = [name for name in REFERENCE if name not in batch]
+        if not missing:
             return torch.cat([batch[name] for name in REFERENCE])
+        if self.stored and self.kept is None:
+            raise ValueError(
+                f"The training data brings the reference's log-probs, this batch has no {' and '.join(missing)}. "
+                "Give the columns in every data set, or pass ref_model."
+            )
+        if self.stored:
+            raise ValueError(
+                f"The reference ({self}) is gone, and this batch has no {' and '.join(missing)}. Give these data as "
+                "eval_dataset when the trainer is made, or with the columns; or leave precompute_reference out and "
+                "pass ref_model."
+            )
         if self.other is not None:
             device = batch["input_ids"].device
             if next(self.other.parameters()).device != device:
                 self.other.to(device)
             with evaluating(self.other):
                 return self.scores(batch)[0]
-        with self.model.disable_adapter(), evaluating(self.model):  # type: ignore[operator]
+        off = self.model.disable_adapter() if self._has_adapter else nullcontext()  # type: ignore[operator]
+        with off, evaluating(self.model):
             return self.scores(batch)[0]

@@ -9,6 +9,7 @@ from torch import nn
 from torch.utils.data import DataLoader
 from transformers import Trainer
 
+from ..distributed import data_parallel
 from ..losses import RPOLossOutput, rpo_loss
 from ..training.task_loss import TaskLoss
 from ..training.terms import Terms
@@ -80,8 +81,9 @@ class PreferenceTrainer(Trainer):
         shared = not sharded and self._scores.sharing.works
         sizes = pair_sizes(pairs, args.max_length, args.truncation_mode, shared)
         seed = args.seed if args.data_seed is None else args.data_seed
+        processes = data_parallel(self.accelerator)[1]
         loader = DataLoader(
-            pairs, batch_sampler=TokenBudgetSampler(sizes, args.max_tokens_per_batch, seed),
+            pairs, batch_sampler=TokenBudgetSampler(sizes, args.max_tokens_per_batch, seed, processes),
             collate_fn=self.data_collator, num_workers=args.dataloader_num_workers,
             pin_memory=args.dataloader_pin_memory, persistent_workers=args.dataloader_persistent_workers,
             prefetch_factor=args.dataloader_prefetch_factor,

@@ -8,17 +8,18 @@ import pytest
 import torch
 
 from ..distributed.launch import launch
-from .processes import CASES, step
+from .processes import CASES, SHARDED, step
 
 
 @pytest.mark.distributed
-def test_two_processes(tmp_path: Path) -> None:
-    launch("tests.preferences.processes", str(tmp_path))
+@pytest.mark.parametrize("kind", ["--ddp", "--fsdp2"])
+def test_two_processes(kind: str, tmp_path: Path) -> None:
+    launch("tests.preferences.processes", str(tmp_path), kind)
     found = torch.load(tmp_path / "steps.pt")
-    assert set(found) == set(CASES)
+    assert set(found) == set(SHARDED if kind == "--fsdp2" else [*CASES, "budget"])
     for case, (moved, logged, evaluated) in found.items():
-        kind, variant, _, _ = case
-        whole, log, first = step(tmp_path, kind, variant, 1, False)
+        adapter, variant, *_ = ("lora", "cumulative") if case == "budget" else case
+        whole, log, first = step(tmp_path, adapter, variant, 1, False)
         assert whole.keys() == moved.keys() and any(value.any() for value in moved.values())
         for name, value in whole.items():
             torch.testing.assert_close(moved[name], value, rtol=1e-4, atol=1e-7, msg=f"{case} {name}")
