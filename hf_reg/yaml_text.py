@@ -1,7 +1,7 @@
 """YAML as people write settings: `1e-4` is a number, `no` and `off` are words, and no key is given twice.
 
-PyYAML follows YAML 1.1, where `1e-4` is a text, `save_strategy: no` is false and `12:30` is 750. These are the rules of
-the core schema of YAML 1.2, on PyYAML's safe loader: plain values only, never objects.
+PyYAML follows YAML 1.1, where `1e-4` is a text, `save_strategy: no` is false and `12:30` is 750. These are the rules
+of the core schema of YAML 1.2, on PyYAML's safe loader: plain values only, never objects.
 """
 
 from __future__ import annotations

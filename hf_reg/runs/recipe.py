@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import os
 from collections.abc import Mapping, Sequence
-from dataclasses import asdict, dataclass, field
+from dataclasses import asdict, dataclass, field, fields
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, ClassVar
 
@@ -22,6 +22,7 @@ if TYPE_CHECKING:
 
 __all__ = ["Model", "Recipe", "load_recipe"]
 
+BARE = {"model": "name", "ref_model": "name", "adapter": "type"}  # sections that a text can stand for
 DTYPES = ("auto", "float32", "bfloat16", "float16")
 
 
@@ -79,7 +80,7 @@ class Recipe(Section):
     OPTIONAL_COLUMNS: ClassVar[tuple[str, ...]] = ()
     PEFT_TYPE: ClassVar[str]  # peft's name of the task
     ARGUMENTS: ClassVar[str] = "hf_reg.training.arguments:RegularizedTrainingArguments"
-    LOSS: ClassVar[str]  # the task's loss in words
+    LOSS: ClassVar[str] = ""  # in words, where the arguments have no `formula`
     PACKAGES: ClassVar[Mapping[str, str]] = {"datasets": "datasets"}  # modules that a run needs, and their packages
 
     model: Model = field(metadata={"help": "Give a folder or a name on the Hub."})
@@ -101,8 +102,13 @@ class Recipe(Section):
         said["train"] = {key: value for key, value in self.train.items() if key != "resume"}
         for key in ("model", "ref_model"):
             if key in said:
-                said[key] = {name: value for name, value in said[key].items() if value is not None}
+                own = {name: value for name, value in said[key].items() if value is not None}
+                said[key] = own if len(own) > 1 else own["name"]
         return dump_yaml({"task": self.TASK, **said})
+
+    def models(self) -> dict[str, str]:
+        """Which models take part, by what they are here."""
+        return {"model": self.model.name}
 
     def make_trainer(self, settings: Settings, data: Mapping[str, Any]) -> Any:
         """The trainer of this task, with its models loaded, for the data sets `train` and perhaps `eval`."""
@@ -135,6 +141,8 @@ def _change(tree: dict[str, Any], change: str) -> None:
     section = tree
     for done, name in enumerate(path, start=1):
         inside = section.get(name)
+        if done == 1 and name in BARE and isinstance(inside, str):
+            inside = {BARE[name]: inside}
         section[name] = section = {} if inside is None else inside
         if not isinstance(section, dict):
             raise RecipeError(f"--set {change}: {'.'.join(path[:done])} is {section!r}, which has no keys below it.")
@@ -157,10 +165,12 @@ def load_recipe(path: Path, changes: Sequence[str] = (), resume: bool = False) -
         raise RecipeError(f"expected keys such as task, model, data and train, found {tree!r}.")
     for change in changes:
         _change(tree, change)
-    task = tree.pop("task", None)
+    task = tree.get("task")
     if not isinstance(task, str) or task not in TASKS:
         found = "missing." if task is None else f"{task!r} is not known.{nearest(task, list(TASKS))}"
         raise RecipeError(f"task: {found} Known tasks: {', '.join(TASKS)}.")
+    cls = TASKS[task]
+    check_keys(tree, ["task", *(one.name for one in fields(cls))], "")
     if resume and isinstance(tree.get("train"), dict):
         tree["train"]["resume"] = tree["train"].get("resume") or True
-    return read_section(TASKS[task], tree)
+    return read_section(cls, {key: value for key, value in tree.items() if key != "task"})

@@ -7,6 +7,7 @@ from typing import Any
 
 from rich import box
 from rich.table import Table
+from rich.text import Text
 
 from .recipe import Recipe
 from .settings import Settings
@@ -26,23 +27,20 @@ def _fields(given: Any) -> str:
 
 def plan_table(recipe: Recipe, settings: Settings) -> Table:
     """What is trained, on what, and with which loss."""
-    table = _table("", "what this recipe does")
-    terms = "".join(f" + {penalty.weight:g} {penalty.name}" for penalty in settings.penalties)
-    table.add_row("task", f"{recipe.TASK}, {type(settings.args).__name__}")
-    table.add_row("model", recipe.model.name)
-    adapter = f"{type(settings.adapter).__name__}({_fields(recipe.adapter)})" if settings.adapter is not None else None
-    table.add_row("adapter", adapter or "none: the whole model is trained")
-    table.add_row("loss", f"{getattr(settings.args, 'formula', recipe.LOSS)}{terms}")
-    for penalty in settings.penalties:
-        table.add_row("penalty", repr(penalty))
-    for patch in settings.patches:
-        table.add_row("patch", repr(patch))
+    adapter = f"{type(settings.adapter).__name__}({_fields(recipe.adapter)})" if settings.adapter is not None else ""
+    rows = [("task", f"{recipe.TASK}, {type(settings.args).__name__}"), *recipe.models().items()]
+    rows += [("adapter", adapter or "none: the whole model is trained")]
+    rows += [("loss", getattr(settings.args, "formula", recipe.LOSS))]
+    rows += [(f"+ {penalty.name}", f"{penalty.weight:g} * {penalty!r}") for penalty in settings.penalties]
+    rows += [("patch", repr(patch)) for patch in settings.patches]
     for key in ("train", "eval"):
         place = getattr(recipe.data, key)
         named = f"{recipe.data.name}, split {place}" if recipe.data.name else str(place)
-        table.add_row(f"{key} data", named if place else "none")
-    table.add_row("output", str(settings.args.output_dir))
-    table.add_row("starts from", settings.checkpoint or "the beginning")
+        rows.append((f"{key} data", named if place else "none"))
+    rows += [("output", str(settings.args.output_dir)), ("starts from", settings.checkpoint or "the beginning")]
+    table = _table("", "what this recipe does")
+    for name, value in rows:
+        table.add_row(name, Text(value))
     return table
 
 

@@ -1,4 +1,4 @@
-"""The settings of a recipe as the objects that take them: arguments, adapter, patches, penalties; no model, no data."""
+"""The settings of a recipe as objects: arguments, adapter, patches, penalties; neither model nor data."""
 
 from __future__ import annotations
 

@@ -29,7 +29,7 @@ class CausalLM(Recipe):
     PEFT_TYPE: ClassVar[str] = "CAUSAL_LM"
     LOSS: ClassVar[str] = "cross-entropy of the next token"
 
-    data: TextData = field(metadata=Recipe.__dataclass_fields__["data"].metadata)  # type: ignore[assignment]
+    data: TextData = field(metadata=Recipe.__dataclass_fields__["data"].metadata)
 
     def make_trainer(self, settings: Settings, data: Mapping[str, Any]) -> Any:
         from transformers import AutoModelForCausalLM, DataCollatorForSeq2Seq

@@ -19,17 +19,20 @@ REFERENCE = ("ref_chosen_logps", "ref_rejected_logps")
 
 @dataclass(frozen=True, kw_only=True)
 class Preference(Recipe):
-    """Args: ref_model ([`Model`], *optional*): what the policy is compared with; `None`: the model with its adapter off, or
-    log-probs that the data brings. Its dtype is that of `model` unless it is given."""
+    """`ref_model`: what the policy is compared with, in the dtype of `model` unless it has its own. `None`: the model
+    with its adapter off, or log-probs that the data brings."""
 
     TASK: ClassVar[str] = "preference"
     COLUMNS: ClassVar[tuple[str, ...]] = ("chosen", "rejected")
     OPTIONAL_COLUMNS: ClassVar[tuple[str, ...]] = ("prompt", *REFERENCE, "tools", "chat_template_kwargs")
     PEFT_TYPE: ClassVar[str] = "CAUSAL_LM"
     ARGUMENTS: ClassVar[str] = "hf_reg.rpo_trainer:RPOConfig"
-    LOSS: ClassVar[str] = "of a preference"
 
     ref_model: Model | None = None
+
+    def models(self) -> dict[str, str]:
+        computed = "the model with its adapter off, or log-probs that the data brings"
+        return {**super().models(), "reference": self.ref_model.name if self.ref_model else computed}
 
     def make_trainer(self, settings: Settings, data: Mapping[str, Any]) -> Any:
         from transformers import AutoModelForCausalLM

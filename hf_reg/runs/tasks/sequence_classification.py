@@ -72,7 +72,7 @@ class SequenceClassification(Recipe):
     LOSS: ClassVar[str] = "cross-entropy of the label"
     PACKAGES: ClassVar[Mapping[str, str]] = {"datasets": "datasets", "sklearn": "scikit-learn"}
 
-    data: TextData = field(metadata=Recipe.__dataclass_fields__["data"].metadata)  # type: ignore[assignment]
+    data: TextData = field(metadata=Recipe.__dataclass_fields__["data"].metadata)
 
     def make_trainer(self, settings: Settings, data: Mapping[str, Any]) -> Any:
         from transformers import AutoModelForSequenceClassification, DataCollatorWithPadding
