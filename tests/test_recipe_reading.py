@@ -102,6 +102,7 @@ WRONG = {
     "data.eval=nowhere.jsonl": "data.eval: there is no file 'nowhere.jsonl'",
     "data.train=3": "data.train: expected text, found 3 (an integer).",
     "data.columns.chosn=x": "data.columns.chosn: unknown key. Did you mean 'chosen'?",
+    "data.columns={chosen: a, rejected: a}": "data.columns: 'a' stands for two columns.",
     "data.config=x": "data.config: is for data.name",
     "data.max_tokens=3": "data.max_tokens: unknown key.",
     "train=3": "train: expected a section of keys, found 3 (an integer).",

@@ -121,8 +121,10 @@ def load_data(data: Data, needed: Sequence[str]) -> dict[str, Any]:
             rows = _read(data, place)
         if missing := [theirs for theirs in data.columns.values() if theirs not in rows.column_names]:
             raise RunError(f"{where}: data.columns names {missing[0]!r}; found {', '.join(rows.column_names)}.")
+        renamed = {theirs: ours for ours, theirs in data.columns.items() if theirs != ours}
+        replaced = [ours for ours in renamed.values() if ours in rows.column_names and ours not in renamed]
         with refused_as_run(f"{where}: data.columns"):
-            rows = rows.rename_columns({theirs: ours for ours, theirs in data.columns.items() if theirs != ours})
+            rows = rows.remove_columns(replaced).rename_columns(renamed)
         if missing := [name for name in needed if name not in rows.column_names]:
             raise RunError(
                 f"{where} has no column {missing[0]!r}; found {', '.join(rows.column_names)}. Name yours in the "

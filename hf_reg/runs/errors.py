@@ -19,7 +19,7 @@ class RecipeError(ValueError):
     """A recipe that cannot be run as it is written: exit code 2."""
 
 
-class RunError(RuntimeError):
+class RunError(Exception):
     """A run that could not go on: exit code 1."""
 
 

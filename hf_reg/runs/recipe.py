@@ -92,6 +92,9 @@ class Recipe(Section):
 
     def check(self, where: str) -> None:
         check_keys(self.data.columns, (*self.COLUMNS, *self.OPTIONAL_COLUMNS), "data.columns")
+        theirs = list(self.data.columns.values())
+        if twice := next((name for name in theirs if theirs.count(name) > 1), None):
+            raise RecipeError(f"data.columns: {twice!r} stands for two columns. Give each one of its own.")
         if not self.train.get("output_dir"):
             raise RecipeError("train.output_dir: missing. Give the folder for checkpoints and the model.")
 
