@@ -1,4 +1,4 @@
-"""The command line: `hf-reg demo`, `hf-reg methods`."""
+"""The command line: `hf-reg train`, `hf-reg demo`, `hf-reg methods`."""
 
 from __future__ import annotations
 
@@ -53,6 +53,26 @@ def demo(
         raise typer.Exit(1) from error
 
 
+@app.command()
+def train(
+    recipe: Annotated[Path, typer.Argument(help="A YAML file: task, model, data, train and what regularizes.")],
+    changes: Annotated[
+        list[str] | None,
+        typer.Option("--set", metavar="KEY=VALUE", help="Change the recipe: --set train.learning_rate=1e-4."),
+    ] = None,
+    check: Annotated[bool, typer.Option("--check", help="Say what would be done, and load nothing.")] = False,
+    resume: Annotated[bool, typer.Option("--resume", help="Go on from the last checkpoint in output_dir.")] = False,
+    traceback: Annotated[
+        bool, typer.Option("--traceback", envvar="HF_REG_TRACEBACK", help="Errors with their traceback.")
+    ] = False,
+) -> None:
+    """Fine-tune a model as a recipe says; `accelerate launch -m hf_reg.cli train RECIPE` on many devices."""
+    from .runs import train_from, user_errors
+
+    with user_errors(f"hf-reg train {recipe}", traceback):
+        train_from(recipe, changes or (), check=check, resume=resume)
+
+
 def _summary(patch: Any) -> str:
     """The first paragraph of the docstring, on one line."""
     return " ".join((inspect.getdoc(patch) or "").partition("\n\n")[0].split())
@@ -88,3 +108,7 @@ def methods(
 def main() -> None:
     """The console script."""
     app()
+
+
+if __name__ == "__main__":
+    main()

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import difflib
 import warnings
 from collections.abc import Collection, Iterator, Sequence
 from contextlib import contextmanager
@@ -17,13 +16,14 @@ from torch.distributed.fsdp import FullyShardedDataParallel
 from torch.nn.parallel import DataParallel, DistributedDataParallel
 
 from .base import Gate, Patch
+from .names import nearest
 from .own_attention import connect, disconnect
 from .seams import SEAM, AttentionSeam, install
 from .selection import select
 from .sites import AttentionSite, find_attention, find_uncovered
 
 
-__all__ = ["check_ran", "known_patches", "make_patch", "nearest", "patch_model", "patched", "unpatch_model", "unwrap"]
+__all__ = ["check_ran", "known_patches", "make_patch", "patch_model", "patched", "unpatch_model", "unwrap"]
 
 Model = TypeVar("Model", bound=nn.Module)
 
@@ -37,11 +37,6 @@ def known_patches() -> dict[str, type[Patch]]:
     for entry in entry_points(group="hf_reg.patches"):
         known.setdefault(entry.name, entry.load())
     return known
-
-
-def nearest(name: str, known: Sequence[str]) -> str:
-    match = difflib.get_close_matches(str(name), known, 1)
-    return f" Did you mean {match[0]!r}?" if match else ""
 
 
 def make_patch(patch: str | Patch, **settings: Any) -> Patch:

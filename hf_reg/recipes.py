@@ -15,7 +15,9 @@ import yaml
 from torch import nn
 
 from .base import Patch, Penalty
-from .patching import make_patch, nearest
+from .names import nearest
+from .patching import make_patch
+from .yaml_text import load_yaml
 
 
 __all__ = ["FunctionPenalty", "known_penalties", "make_patches", "make_penalties", "read_recipe"]
@@ -63,7 +65,7 @@ def read_recipe(text: Any) -> Any:
             raise ValueError(f"The file {text!r} is not there; give a YAML file, YAML text or a name.")
         text = Path(text).read_text()
     try:
-        return yaml.safe_load(text)
+        return load_yaml(text)
     except yaml.YAMLError as error:
         raise ValueError(f"Not a name and not YAML: {text!r} ({error}).") from error
 
