@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from dataclasses import dataclass, fields
+from typing import Any
 
 from rich.table import Table
 from torch import nn
@@ -81,15 +82,23 @@ def _now(gate: Gate) -> str:
     return f"{rate} in training" if gate.training else f"off (eval); {rate} in training"
 
 
-def describe(model: nn.Module) -> Description:
+def describe(model: Any) -> Shown:
     """Which methods are on `model`, with which settings, on how many of the attention modules of each sub-model.
 
     Args:
-        model (`nn.Module`): any transformers model, patched or not, in any wrapper.
+        model (`nn.Module`): any transformers model, patched or not, in any wrapper. An [`RPOConfig`] or
+            [`RPOTrainer`] is described by the formula of its loss.
 
     Returns:
         [`Description`]: `print` it, or leave it to the notebook.
     """
+    own = None if isinstance(model, nn.Module) else getattr(model, "description", None)
+    if isinstance(own, Shown):
+        return own
+    return _of_model(model)
+
+
+def _of_model(model: nn.Module) -> Description:
     inner = unwrap(model)
     sites = find_attention(inner)
     groups: dict[tuple[str, str], list[tuple[AttentionSite, Gate]]] = {}

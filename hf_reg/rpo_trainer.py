@@ -7,24 +7,23 @@ from typing import Any
 
 from torch import nn
 from torch.nn.modules.dropout import _DropoutNd
-from transformers.utils import logging
 
 from .dropout.places import Map
+from .messages import say
 from .patching import unwrap
 from .preferences import PreferenceCollator, prepare_preferences
 from .preferences.arguments import RPOConfig
 from .preferences.data import REFERENCE, PreferencePairs
 from .preferences.layouts import model_inputs
 from .preferences.precomputed import check_precomputing, precompute_reference
-from .preferences.reference import Reference, refuse_head
+from .preferences.reference import Reference
 from .preferences.trainer import PreferenceTrainer
 from .seams import SEAM
+from .tables import Shown
 from .trainer import RegularizerMixin
 
 
 __all__ = ["RPOConfig", "RPOTrainer"]
-
-logger = logging.get_logger("transformers.hf_reg")
 
 
 def _without_dropout(model: nn.Module) -> None:
@@ -63,7 +62,6 @@ def _refuse(model: Any, args: RPOConfig, unknown: Mapping[str, Any]) -> None:
         raise ValueError(
             "RPOTrainer adds no load-balancing loss of experts. Set model.config.output_router_logits = False."
         )
-    refuse_head(model)
 
 
 class RPOTrainer(RegularizerMixin, PreferenceTrainer):
@@ -84,8 +82,8 @@ class RPOTrainer(RegularizerMixin, PreferenceTrainer):
         kwargs: of [`~transformers.Trainer`].
 
     Raises:
-        `ValueError`: without a reference, or where the base of the adapter was changed; for an adapted head and other
-        things that cannot be combined; for data that cannot be used. `TypeError`: for arguments of another kind.
+        `ValueError`: without a reference, or where the base of the adapter was changed; for what cannot be combined;
+            for data that cannot be used. `TypeError`: for arguments of another kind.
 
     Example:
 
@@ -133,7 +131,12 @@ class RPOTrainer(RegularizerMixin, PreferenceTrainer):
         if self._unscored is not None:
             precompute_reference(self, self._unscored)
             self._unscored = None
-        logger.warning(f"Loss: {args.formula}. Reference: {reference}.")
+        say(f"Loss: {args.formula}. Reference: {reference}.")
+
+    @property
+    def description(self) -> Shown:
+        """What `describe` shows of it: the loss."""
+        return self.args.description
 
     def _prepared(self, dataset: Any, name: str) -> Any:
         if dataset is None or isinstance(dataset, str):

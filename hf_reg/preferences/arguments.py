@@ -10,6 +10,7 @@ from transformers import TrainingArguments
 from ..losses.rpo import BASES, DEFAULTS, FORMULAS, RPO_ALPHA, rpo_loss
 from ..training.arguments import RegularizedTrainingArguments
 from .data import check_limits
+from .description import LossDescription
 
 
 __all__ = ["RPOConfig"]
@@ -109,6 +110,12 @@ class RPOConfig(RegularizedTrainingArguments):
             f"RPO, variant {self.variant!r}: {FORMULAS[self.variant]}, with L_pref = mean_b( {BASES[self.base]} )"
             f"{smoothed}, h = log pi(y_w)/pi_ref(y_w) - log pi(y_l)/pi_ref(y_l), beta = {self.beta}, eta = {self.eta}"
         )
+
+    @property
+    def description(self) -> LossDescription:
+        """What `describe` shows of it."""
+        assert self.beta is not None and self.eta is not None
+        return LossDescription(self.variant, self.base, self.beta, self.eta, self.label_smoothing, self.formula)
 
     def __str__(self) -> str:
         return f"{self.formula}\n{TrainingArguments.__str__(self)}"

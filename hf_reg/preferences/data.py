@@ -7,16 +7,14 @@ from collections.abc import Iterable, Mapping, Sequence
 from typing import Any
 
 import numpy as np
-from transformers.utils import logging
 
 from ..base import check_choice
+from ..messages import say
 from .rows import Unusable, read_row
 from .tokens import TRUNCATION_MODES, check_tokenizer, cut, tokenize_pair
 
 
 __all__ = ["REFERENCE", "TOKENS", "PreferencePairs", "check_limits", "prepare_preferences"]
-
-logger = logging.get_logger("transformers.hf_reg")
 
 TOKENS = ("prompt_ids", "chosen_ids", "rejected_ids")
 REFERENCE = ("ref_chosen_logps", "ref_rejected_logps")
@@ -164,11 +162,11 @@ def _token_ids(row: Any, tokenizer: Any, where: str) -> tuple[dict[str, list[int
 def _say(name: str, count: int, left_out: Counter[str], shorter: int, lost: int) -> None:
     if left_out:
         reasons = "; ".join(f"{number} with {reason}" for reason, number in left_out.most_common())
-        logger.warning(f"{name}: {sum(left_out.values())} of {count} rows are left out: {reasons}.")
+        say(f"{name}: {sum(left_out.values())} of {count} rows are left out: {reasons}.")
     if shorter:
-        logger.warning(f"{name}: answers of {shorter} of {count} rows are cut to fit max_length.")
+        say(f"{name}: answers of {shorter} of {count} rows are cut to fit max_length.")
     if lost:
-        logger.warning(
+        say(
             f"{name}: in {lost} of {count} rows the tokens of the prompt alone are not what prompt + answer begins "
             "with; the answers begin where they differ. End prompts on a token boundary, or mend the chat template."
         )

@@ -8,33 +8,20 @@ from typing import Any
 
 import torch
 from torch import nn
-from transformers.utils import logging
 
+from ..messages import say
 from ..seams import gates
 from ..training.loss_scale import evaluating
 from .data import REFERENCE
 from .scoring import AnswerScores
 
 
-__all__ = ["Reference", "refuse_head"]
-
-logger = logging.get_logger("transformers.hf_reg")
+__all__ = ["Reference"]
 
 KEEPS_BASE = (True, False, "gaussian", "eva", "mica")  # init_lora_weights that leave the base weights as they were
 REMEDY = (
     "Pass ref_model=AutoModelForCausalLM.from_pretrained(...), or data with ref_chosen_logps and ref_rejected_logps"
 )
-
-
-def refuse_head(model: nn.Module) -> None:
-    """Raise `ValueError` if the output embeddings carry an adapter, or are a copy in training beside a frozen one."""
-    base: Any = model.get_base_model() if hasattr(model, "get_base_model") else model  # type: ignore[operator]
-    head = base.get_output_embeddings() if hasattr(base, "get_output_embeddings") else None
-    if hasattr(head, "base_layer") or hasattr(head, "modules_to_save"):
-        raise ValueError(
-            f"The head of {type(base).__name__} is adapted ({type(head).__name__}): its log-probs would need whole "
-            "logits of policy and reference. Leave lm_head out of target_modules and modules_to_save."
-        )
 
 
 def _changed(model: Any) -> Iterator[str]:
@@ -120,7 +107,7 @@ class Reference:
                 "train an adapter that leaves the base alone (LoRA with its default initialisation, SORSA, BA-LoRA)."
             )
         if _starts_off(model):
-            logger.warning(
+            say(
                 "The adapter is not zero at the start: the reference is the model below it, not the policy that "
                 "training starts from. For the latter merge it first (merge_and_unload) and train a new adapter."
             )

@@ -9,17 +9,15 @@ from typing import Any
 
 import torch
 from torch import nn
-from transformers.utils import logging
 
 from ..losses import CannotFuse, LinearHead, find_head, head_input, output_layer, recognize, token_log_probs
+from ..messages import say
 from ..training.loss_scale import evaluating
 from .layouts import Layout, padded
 from .sharing import Sharing
 
 
 __all__ = ["AnswerScores", "Limits"]
-
-logger = logging.get_logger("transformers.hf_reg")
 
 TRIAL = 16  # tokens
 
@@ -84,12 +82,12 @@ class AnswerScores:
         if self.limits.positions is None:
             try:
                 self._try_layer(batch, model)
-                logger.warning(f"Logits of {name} are computed at all answer positions, not in chunks: {reason}.")
+                say(f"Logits of {name} are computed at all answer positions, not in chunks: {reason}.")
                 return
             except CannotFuse as error:
                 reason = f"{reason}; {error}"
                 self._layer = None
-        logger.warning(f"Log-probs of {name} are computed from whole logits, not in chunks: {reason}.")
+        say(f"Log-probs of {name} are computed from whole logits, not in chunks: {reason}.")
 
     def _try_layer(self, batch: Mapping[str, torch.Tensor], model: nn.Module) -> None:
         """Raise [`CannotFuse`] unless the model's own head gives the same log-probs at answer positions only."""

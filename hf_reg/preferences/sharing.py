@@ -8,8 +8,8 @@ from typing import Any
 
 import torch
 from torch import nn
-from transformers.utils import logging
 
+from ..messages import say
 from ..patching import unwrap
 from ..seams import gates, install
 from .collator import PreferenceCollator
@@ -17,8 +17,6 @@ from .layouts import Layout, padded, together
 
 
 __all__ = ["Sharing"]
-
-logger = logging.get_logger("transformers.hf_reg")
 
 TRIAL = ((5, 4, 3), (3, 2, 5))  # tokens of prompt, chosen and rejected answer
 TOLERANCES = {torch.float64: 1e-8, torch.float32: 2e-5}  # relative to the largest log-prob; elsewhere:
@@ -107,7 +105,7 @@ class Sharing:
     def _say(self, reason: str) -> None:
         if reason not in self._said:
             self._said.add(reason)
-            logger.warning(
+            say(
                 f"{type(unwrap(self.model)).__name__} computes each prompt twice, for the chosen and the rejected "
                 f"answer: {reason}."
             )

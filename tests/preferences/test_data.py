@@ -9,7 +9,8 @@ import pytest
 import torch
 from transformers import LlamaConfig, LlamaForCausalLM
 
-from hf_reg.preferences import PreferenceCollator, cut, data, prepare_preferences
+from hf_reg import messages as said_by
+from hf_reg.preferences import PreferenceCollator, cut, prepare_preferences
 
 from .words import IMPLICIT_PLAIN, IMPLICIT_TURNS, PLAIN, TURNS, WORDS, said, tokenizer
 
@@ -24,7 +25,7 @@ def plain(rows: Any) -> list[dict[str, list[int]]]:
 @pytest.fixture
 def said_aloud(monkeypatch: pytest.MonkeyPatch) -> list[str]:
     messages: list[str] = []
-    monkeypatch.setattr(data.logger, "warning", messages.append)
+    monkeypatch.setattr(said_by.logger, "warning", messages.append)
     return messages
 
 

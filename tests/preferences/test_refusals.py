@@ -2,18 +2,19 @@
 
 from __future__ import annotations
 
+from functools import partial
 from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
-from peft import LoraConfig, get_peft_model
+from peft import KasaConfig, LoraConfig, get_peft_model
 from transformers import HfArgumentParser, LlamaForCausalLM, T5Config, T5ForConditionalGeneration, TrainingArguments
 
 import hf_reg
 from hf_reg import RPOConfig, RPOTrainer
+from hf_reg import messages as said_by
 from hf_reg.losses.rpo import DEFAULTS
-from hf_reg.preferences import reference
 from hf_reg.preferences.data import REFERENCE
 
 from .models import LINEAR, arguments, llama, lora, trainer
@@ -28,6 +29,13 @@ def folded() -> Any:
 def merged() -> Any:
     model = lora(moved=0.1)
     model.merge_adapter()
+    return model
+
+
+def initialised(start: str) -> Any:
+    """As PEFT leaves it with a method that needs data, gradients or a quantised base."""
+    model = lora()
+    model.peft_config["default"].init_lora_weights = start
     return model
 
 
@@ -47,6 +55,8 @@ REMEDY = "Pass ref_model=AutoModelForCausalLM.from_pretrained"
         (lambda: lora(init_lora_weights="pissa"), "init_lora_weights='pissa', which rewrote the base weights"),
         (lambda: lora(init_lora_weights="pissa_niter_2"), "init_lora_weights='pissa_niter_2'"),
         (lambda: lora(init_lora_weights="olora"), "init_lora_weights='olora'"),
+        *((partial(initialised, start), f"init_lora_weights={start!r}") for start in ("corda", "loftq", "lora_ga")),
+        (lambda: lora(kasa_config=KasaConfig()), r"adapter 'default' \(KaSA\) truncated the base weights"),
         (lambda: lora(bias="all", target_modules=["q_proj"], model=llama(attention_bias=True)),
          "parameters of the base model are in training"),
         (folded, "is folded into the base weights"),
@@ -71,12 +81,6 @@ def test_a_reference_given_twice_or_that_is_the_policy(tmp_path: Path) -> None:
         trainer(tmp_path, model, ref_model=model)
 
 
-@pytest.mark.parametrize("settings", [{"target_modules": [*LINEAR, "lm_head"]}, {"modules_to_save": ["lm_head"]}])
-def test_an_adapted_head(settings: dict[str, Any], tmp_path: Path) -> None:
-    with pytest.raises(ValueError, match="The head of LlamaForCausalLM is adapted .* Leave lm_head out"):
-        trainer(tmp_path, lora(**settings))
-
-
 def test_a_patch_that_acts_in_evaluation(tmp_path: Path) -> None:
     with pytest.raises(ValueError, match="head_mask acts in eval mode too, so the reference would carry it"):
         trainer(tmp_path, patches={"head_mask": {"heads": {0: [1]}}})
@@ -85,7 +89,7 @@ def test_a_patch_that_acts_in_evaluation(tmp_path: Path) -> None:
 
 def test_which_reference_and_formula_are_said(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     messages: list[str] = []
-    monkeypatch.setattr(reference.logger, "warning", messages.append)
+    monkeypatch.setattr(said_by.logger, "warning", messages.append)
     trainer(tmp_path)
     (message,) = messages
     assert "L = L_pref - eta * beta * mean_b( sum_t log pi(y_w,t) )" in message
@@ -156,6 +160,12 @@ def test_the_formula_is_printed_with_its_published_values(variant: str, tmp_path
     assert (args.beta, args.eta) == DEFAULTS[variant]
     assert f"variant {variant!r}" in args.formula and f"beta = {args.beta}, eta = {args.eta}" in args.formula
     assert str(args).startswith(args.formula) and "learning_rate=0.01" in repr(args)
+    shown = hf_reg.describe(args)
+    lines = [line for line in str(shown).splitlines() if line.split()[1:3] == ["*", "│"] or "│ *" in line]
+    assert len(lines) == 1 and variant in lines[0] and str(args.beta) in lines[0] and str(args.eta) in lines[0]
+    words = "".join(str(shown).split())
+    assert all(name in words for name in DEFAULTS) and "L_pref=mean_b(-logsigmoid(betah))" in words
+    assert hf_reg.describe(trainer(tmp_path, variant=variant)) == shown
     assert RPOConfig(str(tmp_path), use_cpu=True, bf16=False).learning_rate == 5e-7
 
 

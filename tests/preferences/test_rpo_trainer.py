@@ -13,8 +13,9 @@ from torch import nn
 from transformers import GPT2Config, GPT2LMHeadModel
 
 import hf_reg
+from hf_reg import messages as said_by
 from hf_reg.losses.rpo import DEFAULTS
-from hf_reg.preferences import prepare_preferences, scoring
+from hf_reg.preferences import prepare_preferences
 from hf_reg.preferences.data import REFERENCE
 
 from .models import LINEAR, gradients, llama, lora, one_batch, trainer
@@ -247,7 +248,7 @@ class Doubled(nn.Module):
 def test_other_heads_are_the_models_own(mixes: bool, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """Handed answer positions, or, where their logits depend on other positions, all of them."""
     messages: list[str] = []
-    monkeypatch.setattr(scoring.logger, "warning", messages.append)
+    monkeypatch.setattr(said_by.logger, "warning", messages.append)
     base = llama()
     base.lm_head = Doubled(base.lm_head, mixes)  # type: ignore[assignment]
     made = trainer(tmp_path, lora(base, moved=0.1))
@@ -263,6 +264,26 @@ def test_other_heads_are_the_models_own(mixes: bool, tmp_path: Path, monkeypatch
     )
     assert ("depend on all positions" in message) is mixes and "LlamaForCausalLM is no plain linear map" in message
     made.train()
+
+
+@pytest.mark.parametrize("settings", [{"target_modules": [*LINEAR, "lm_head"]}, {"modules_to_save": ["lm_head"]}])
+def test_an_adapted_head(settings: dict[str, Any], tmp_path: Path) -> None:
+    """Log-probs and gradients of whole logits, with the adapter on and off."""
+    made = trainer(tmp_path, lora(moved=0.1, **settings))
+    if "modules_to_save" in settings:
+        nn.init.normal_(made.model.get_base_model().lm_head.modules_to_save["default"].weight, std=0.2)
+    batch, found = one_batch(made), []
+    for whole in (False, True):
+        made.model.zero_grad()
+        sums, _ = made._scores(batch, whole=whole)
+        sums.mul(torch.linspace(-1, 1, len(sums))).sum().backward()
+        found.append((sums.detach(), gradients(made.model)))
+    assert made._scores.head is None and any("lm_head" in name for name in found[0][1])
+    torch.testing.assert_close(found[0], found[1])
+    with made.model.disable_adapter():
+        expected = scores_by_hand(made.model.eval(), batch)
+    torch.testing.assert_close(made.reference(batch), expected)
+    assert not torch.allclose(expected, found[0][0])
 
 
 def test_the_head_meets_answers_only(tmp_path: Path) -> None:

@@ -11,8 +11,8 @@ import transformers
 from torch import nn
 from transformers.integrations.sdpa_attention import sdpa_attention_forward
 
+from hf_reg import messages as said_by
 from hf_reg import patch_model, unpatch_model
-from hf_reg.preferences import sharing
 from hf_reg.preferences.layouts import padded, together
 from hf_reg.preferences.scoring import AnswerScores, Limits
 from hf_reg.segments import Segment, attend, is_table, table
@@ -61,7 +61,7 @@ def model(name: str, implementation: str | None = None, **settings: Any) -> nn.M
 @pytest.fixture
 def said(monkeypatch: pytest.MonkeyPatch) -> list[str]:
     messages: list[str] = []
-    monkeypatch.setattr(sharing.logger, "warning", lambda text: "twice" in text and messages.append(text))
+    monkeypatch.setattr(said_by.logger, "warning", lambda text: "twice" in text and messages.append(text))
     return messages
 
 

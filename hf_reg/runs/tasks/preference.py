@@ -20,7 +20,7 @@ REFERENCE = ("ref_chosen_logps", "ref_rejected_logps")
 @dataclass(frozen=True, kw_only=True)
 class Preference(Recipe):
     """`ref_model`: what the policy is compared with, in the dtype of `model` unless it has its own. `None`: the model
-    with its adapter off, log-probs that the data brings, or with `train.precompute_reference` the model at the start."""
+    with its adapter off, log-probs of the data, or the model at the start (`train.precompute_reference`)."""
 
     TASK: ClassVar[str] = "preference"
     COLUMNS: ClassVar[tuple[str, ...]] = ("chosen", "rejected")
