@@ -94,14 +94,14 @@ def _attend(
     **kwargs: Any,
 ) -> Any:
     spared = kwargs.pop(masks.SPARED, None)
-    seam = module._modules.get(SEAM)
+    seam: Any = module._modules.get(SEAM)
     if segments.is_table(attention_mask):
         if seam is not None and seam.enabled():
             raise ValueError("Patches act on whole rows; this row holds several examples. Lay them out one a row.")
         return segments.attend(function, attention_mask, module, query, key, value, kwargs)
     if seam is None:
         return function(module, query, key, value, attention_mask, **kwargs)
-    return seam.attend(function, implementation, module, query, key, value, attention_mask, spared, kwargs)  # type: ignore
+    return seam.attend(function, implementation, module, query, key, value, attention_mask, spared, kwargs)
 
 
 def install() -> None:

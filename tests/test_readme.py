@@ -1,4 +1,5 @@
-"""The Python blocks of the documents run, in order, each document in one namespace."""
+"""The Python blocks of the documents run, in order, each document in one namespace. What they name on the Hub is a
+tiny model and its tokenizer here."""
 
 from __future__ import annotations
 
@@ -7,9 +8,13 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+from transformers import AutoModelForCausalLM, AutoTokenizer
 
 from hf_reg.patching import known_patches
 from hf_reg.recipes import known_penalties
+
+from .preferences.models import llama
+from .preferences.words import tokenizer
 
 
 ROOT = Path(__file__).parent.parent
@@ -18,6 +23,8 @@ ROOT = Path(__file__).parent.parent
 @pytest.mark.parametrize("document", ["README.md", "CONTRIBUTING.md"])
 def test_blocks_run(document: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.chdir(tmp_path)
+    monkeypatch.setattr(AutoTokenizer, "from_pretrained", lambda name: tokenizer())
+    monkeypatch.setattr(AutoModelForCausalLM, "from_pretrained", lambda name: llama())
     blocks = re.findall(r"```python\n(.*?)```", (ROOT / document).read_text(), re.DOTALL)
     assert blocks
     namespace: dict[str, Any] = {"__name__": "readme"}

@@ -55,8 +55,8 @@ class Sharing:
 
     def __init__(self, model: nn.Module, reason: str | None = None) -> None:
         self.model, self.reason = model, reason
-        self.config = getattr(unwrap(model), "config", None)
-        self.config = self.config.get_text_config() if hasattr(self.config, "get_text_config") else self.config
+        config: Any = getattr(unwrap(model), "config", None)
+        self.config = config.get_text_config() if hasattr(config, "get_text_config") else config
         self._share: Callable[[Mapping[str, torch.Tensor]], Layout | None] | None = None
         self._settled = False
         self._said: set[str] = set()
