@@ -61,9 +61,8 @@ def _parts(batch: Mapping[str, torch.Tensor]) -> list[list[_Part]] | None:
     ends, column = attended.sum(1), torch.arange(ids.shape[1], device=ids.device)
     starts = ends - answers.sum(1)
     usual = (attended == (column < ends[:, None])) & (answers == ((column >= starts[:, None]) & (attended == 1)))
-    same = ((ids[:count] == ids[count:]) | (column >= starts[:count, None])).all(1) & (
-        starts[:count] == starts[count:]
-    )
+    equal = (ids[:count] == ids[count:]) | (column >= starts[:count, None])
+    same = equal.all(1) & (starts[:count] == starts[count:])
     *rows, straight = torch.cat([starts, ends, same.long(), usual.all()[None].long()]).tolist()
     if not straight:
         return None

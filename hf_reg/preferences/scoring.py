@@ -99,7 +99,7 @@ class AnswerScores:
         try:
             found, _ = self._values(few, padded(few), model)
         except (IndexError, RuntimeError, TypeError) as error:
-            raise CannotFuse(f"its head takes no single positions ({str(error).splitlines()[0][:120]})") from error
+            raise CannotFuse(f"its head takes no single positions ({str(error)[:120]})") from error
         if found.shape != expected.shape or not torch.allclose(found, expected, rtol=1e-2, atol=1e-2):
             raise CannotFuse("its log-probs depend on all positions of the head")
 

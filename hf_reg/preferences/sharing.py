@@ -38,10 +38,10 @@ def _trial(batch: Mapping[str, torch.Tensor]) -> dict[str, torch.Tensor]:
 
 
 def _window(config: Any) -> float:
-    """The shortest stretch of tokens that a layer sees."""
+    """The fewest tokens that a layer sees: of a window, a chunk, or those that sparse attention picks."""
     kinds = getattr(config, "layer_types", None)
     names = {"sliding_attention": "sliding_window", "chunked_attention": "attention_chunk_size"}
-    found = [names[kind] for kind in names if kinds is None or kind in kinds]
+    found = ["index_topk", *(names[kind] for kind in names if kinds is None or kind in kinds)]
     return min((getattr(config, name, None) or float("inf") for name in found), default=float("inf"))
 
 
@@ -94,7 +94,7 @@ class Sharing:
                 assert layout is not None
                 difference = float((values(trial, layout) - expected).abs().max() / expected.abs().max())
             except Exception as error:  # whatever a model makes of a mask that it does not know is the answer
-                why = f"its forward fails ({type(error).__name__}: {str(error).splitlines()[0][:120]})"
+                why = f"its forward fails ({type(error).__name__}: {str(error)[:120].partition(chr(10))[0]})"
                 continue
             if difference <= TOLERANCES.get(next(self.model.parameters()).dtype, HALF_PRECISION):
                 self._share = share
