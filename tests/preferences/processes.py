@@ -53,7 +53,9 @@ if __name__ == "__main__":
 
         more = FSDP2 | {"fsdp_config": FSDP2["fsdp_config"] | {"transformer_layer_cls_to_wrap": ["LlamaDecoderLayer"]}}
     results = {case: step(target, *case, **more) for case in (SHARDED if fsdp else CASES)}
-    if not fsdp:
+    if fsdp:  # what runs before the model is sharded must not be held on to
+        results["precomputed"] = step(target, "lora", "cumulative", 1, False, precompute_reference=True, **more)
+    else:
         results["budget"] = step(target, "lora", "cumulative", 2, False, **BUDGET)
     if os.environ["RANK"] == "0":
         torch.save(results, target / "steps.pt")

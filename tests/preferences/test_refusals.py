@@ -87,6 +87,15 @@ def test_a_patch_that_acts_in_evaluation(tmp_path: Path) -> None:
     trainer(tmp_path, llama(), ref_model=llama(), patches={"head_mask": {"heads": {0: [1]}}})
 
 
+@pytest.mark.parametrize("rank", ["0", "1"])
+def test_one_process_speaks(rank: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    messages: list[str] = []
+    monkeypatch.setattr(said_by.logger, "warning", messages.append)
+    monkeypatch.setenv("RANK", rank)
+    said_by.say("so")
+    assert messages == ["so"] * (rank == "0")
+
+
 def test_which_reference_and_formula_are_said(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     messages: list[str] = []
     monkeypatch.setattr(said_by.logger, "warning", messages.append)

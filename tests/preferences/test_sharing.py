@@ -154,6 +154,12 @@ def test_prompts_that_differ_once_cut_are_not_shared(tmp_path: Path) -> None:
     torch.testing.assert_close(AnswerScores(made)(batch)[0], AnswerScores(made, Limits(sharing="here"))(batch)[0])
 
 
+def test_other_prompts_of_another_collator_are_not_shared(tmp_path: Path) -> None:
+    batch, made = batch_of(tmp_path, PLAIN[:2]), llama()
+    batch["input_ids"][2, 3] = 9
+    torch.testing.assert_close(AnswerScores(made)(batch)[0], AnswerScores(made, Limits(sharing="here"))(batch)[0])
+
+
 def test_without_any_prompt(tmp_path: Path) -> None:
     rows = [{"prompt_ids": [], "chosen_ids": [5, 6, 7], "rejected_ids": [8, 9]}, *({**PLAIN[0]},)]
     batch = batch_of(tmp_path, rows)
