@@ -10,12 +10,14 @@ from collections.abc import Callable
 from typing import Any
 
 import datasets
+import torch
 import trl
 from peft import LoraConfig, get_peft_model
 from tokenizers import Tokenizer, models, pre_tokenizers
 from transformers import PreTrainedTokenizerFast
 
 from hf_reg import RPOConfig, RPOTrainer
+from hf_reg.losses import LinearHead, token_log_probs
 
 from .balora import VOCABULARY, base
 from .steps import trainer_step
@@ -89,11 +91,46 @@ def steps(shape: tuple[int, int], lora: bool, folder: str) -> Steps:
     return found
 
 
+def kernels() -> Steps:
+    """Log-probs of 512 of 1,024 positions with their gradient, from what enters a head of 32,000 tokens."""
+    torch.manual_seed(0)
+    hidden, tokens = torch.randn(1024, 512, requires_grad=True), torch.randint(VOCABULARY, (1024,))
+    weight, answers = torch.randn(VOCABULARY, 512) * 0.02, torch.arange(1024) % 2 == 1
+
+    def whole(trained: bool, chosen: torch.Tensor) -> Callable[[], None]:
+        head = weight.clone().requires_grad_(trained)
+
+        def run() -> None:
+            logits = hidden[chosen] @ head.mT
+            logits.log_softmax(-1).gather(1, tokens[chosen][:, None]).sum().backward()
+
+        return run
+
+    def chunks(trained: bool) -> Callable[[], None]:
+        head = LinearHead(weight.clone().requires_grad_(trained))
+        return lambda: token_log_probs(hidden[answers], tokens[answers], head).sum().backward()
+
+    return {
+        "logits of all positions": whole(False, torch.ones(1024, dtype=torch.bool)),
+        "logits of answers, frozen head": whole(False, answers), "token_log_probs, frozen head": chunks(False),
+        "logits of answers, trained head": whole(True, answers), "token_log_probs, trained head": chunks(True),
+    }  # fmt: skip
+
+
 def run(rounds: int) -> list[Row]:
     for name in ("transformers", "trl", "peft"):
         logging.getLogger(name).setLevel(logging.ERROR)
     datasets.disable_progress_bars()
-    table = []
+    table, made = [], kernels()
+    times = interleave(made, min(rounds, 11), "log-probs of answers")
+    case = "log-probs of 512 of 1,024 positions, vocabulary 32,000"
+    pairs = [("token_log_probs, frozen head", "logits of all positions")]
+    pairs += [(f"token_log_probs, {head}", f"logits of answers, {head}") for head in ("frozen head", "trained head")]
+    peaks = {name: peak_memory(step) for name, step in made.items()}
+    for ours, peer in pairs:
+        middle, spread = ratio(times, ours, peer)
+        table.append(Row("RPO", case, ours, peer, middle, None, spread=spread))
+        table.append(Row("RPO", f"{case}, peak memory", ours, peer, peaks[ours] / peaks[peer], None))
     with tempfile.TemporaryDirectory() as folder:
         for shape, targets in SHAPES.items():
             made = steps(shape, False, folder)

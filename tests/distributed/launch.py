@@ -24,6 +24,6 @@ def run(command: list[str], timeout: int = 300, **settings: str) -> subprocess.C
 
 def launch(module: str, *arguments: str, processes: int = 2, options: tuple[str, ...] = (), **settings: str) -> None:
     """`torchrun` with a port of its own; whatever it says is in the error if it fails."""
-    command = ["torch.distributed.run", "--standalone", "--nproc_per_node", str(processes), *options, "-m", module]
-    done = run([*command, *arguments], **settings)
+    command = ["torch.distributed.run", "--standalone", "--nproc_per_node", str(processes), *options, "-m"]
+    done = run([*command, "tests.distributed.process", module, *arguments], **settings)
     assert done.returncode == 0, done.stdout[-2000:] + done.stderr[-4000:]

@@ -25,10 +25,11 @@ def step(
     folder: Path, kind: str, variant: str, parts: int, checkpointing: bool, **settings: Any
 ) -> tuple[dict[str, torch.Tensor], dict[str, float], dict[str, float]]:
     """How far one step of SGD moves each parameter, what it logs, and an evaluation of seven pairs."""
-    model = llama(2) if kind == "full" else lora(moved=0.1)
+    model = lora(moved=0.1) if kind == "lora" else llama(2)
+    fixed: dict[str, Any] = {"precompute_reference": kind == "start", "beta": 0.3, "eta": 0.5}  # else llama(3)
     before = {name: parameter.detach().clone() for name, parameter in model.named_parameters()}
     size = len(PLAIN) // parts // int(os.environ.get("WORLD_SIZE", "1"))
-    fixed = {"per_device_train_batch_size": size, "gradient_accumulation_steps": parts, "beta": 0.3, "eta": 0.5}
+    fixed |= {"per_device_train_batch_size": size, "gradient_accumulation_steps": parts}
     made = trainer(
         folder, model, ref_model=llama(3) if kind == "full" else None, variant=variant,
         train_sampling_strategy="sequential", gradient_checkpointing=checkpointing, eval_dataset=PLAIN[:7],
@@ -54,7 +55,7 @@ if __name__ == "__main__":
         more = FSDP2 | {"fsdp_config": FSDP2["fsdp_config"] | {"transformer_layer_cls_to_wrap": ["LlamaDecoderLayer"]}}
     results = {case: step(target, *case, **more) for case in (SHARDED if fsdp else CASES)}
     if fsdp:  # what runs before the model is sharded must not be held on to
-        results["precomputed"] = step(target, "lora", "cumulative", 1, False, precompute_reference=True, **more)
+        results["start"] = step(target, "start", "cumulative", 1, False, **more)
     else:
         results["budget"] = step(target, "lora", "cumulative", 2, False, **BUDGET)
     if os.environ["RANK"] == "0":

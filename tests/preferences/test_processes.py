@@ -16,10 +16,10 @@ from .processes import CASES, SHARDED, step
 def test_two_processes(kind: str, tmp_path: Path) -> None:
     launch("tests.preferences.processes", str(tmp_path), kind)
     found = torch.load(tmp_path / "steps.pt")
-    assert set(found) == set([*SHARDED, "precomputed"] if kind == "--fsdp2" else [*CASES, "budget"])
+    assert set(found) == set([*SHARDED, "start"] if kind == "--fsdp2" else [*CASES, "budget"])
     for case, (moved, logged, evaluated) in found.items():
-        adapter, variant, *_ = ("lora", "cumulative") if isinstance(case, str) else case
-        whole, log, first = step(tmp_path, adapter, variant, 1, False)
+        trained, variant = {"budget": ("lora", "cumulative"), "start": ("start", "cumulative")}.get(case, case[:2])
+        whole, log, first = step(tmp_path, trained, variant, 1, False)
         assert whole.keys() == moved.keys() and any(value.any() for value in moved.values())
         for name, value in whole.items():
             torch.testing.assert_close(moved[name], value, rtol=1e-4, atol=1e-7, msg=f"{case} {name}")
