@@ -1,4 +1,4 @@
-"""`-m tests.distributed.process MODULE ARGUMENTS`: runs a module, then leaves the process group together with the others.
+"""`-m tests.distributed.process MODULE ARGUMENTS`: runs a module, then leaves the process group with the others.
 
 The process ends without torch's static destructors, of which one aborts once in some twenty times on a busy machine
 ("terminate called without an active exception", torch 2.13 with gloo): that would be a failure of any test.
