@@ -22,7 +22,8 @@ CACHE = Path(os.environ.get("HF_REG_CACHE", Path.home() / ".cache" / "hf_reg"))
 SMOLLM2 = "SmolLM2-135M-Instruct"
 HELD_OUT, SPLIT_SEED = 48, 2409  # chosen before any run
 WORDS = 30  # of an article
-PAIRS = {"held_out": 80, "validation": 48}  # prompts; the others are learned from
+PAIRS = {"held_out": 80, "validation": 48, "first": 400}  # prompts; the others are "train"
+ANSWER = 20  # words at most
 
 
 class NotAvailable(RuntimeError):
@@ -98,9 +99,10 @@ def headlines() -> tuple[Path, Path]:
 
 
 def piqa() -> dict[str, Path]:
-    """PIQA's goals with a right and a wrong way to reach them: pairs to learn from, for validation, and held out.
+    """PIQA's goals with a right and a wrong way to reach them, of 20 words at most: JSON lines of preferences.
 
-    JSON lines of conversations, split by prompt: no prompt is in two files, though some have several pairs.
+    `train` is to learn from, `first` for supervised fine-tuning before, `validation` to choose settings on, `held_out`
+    to report. They are split by prompt: no prompt is in two files, though some have several pairs.
     """
     files = {name: CACHE / f"piqa-{name}.jsonl" for name in (*PAIRS, "train")}
     if all(path.is_file() for path in files.values()):
@@ -111,6 +113,8 @@ def piqa() -> dict[str, Path]:
     for row in map(json.loads, lines):
         ways = row["options"].removeprefix("A. ").split("\nB. ", 1)
         right = "AB".index(row["answer"][0])
+        if max(len(way.split()) for way in ways) > ANSWER:
+            continue
         prompt = row["question"].strip()
         answers = {name: ways[i].strip() for name, i in (("chosen", right), ("rejected", 1 - right))}
         turns = {name: [{"role": "assistant", "content": text}] for name, text in answers.items()}

@@ -20,6 +20,8 @@ from __future__ import annotations
 
 import argparse
 import json
+import subprocess
+import sys
 from pathlib import Path
 from statistics import mean, stdev
 from typing import Any
@@ -27,7 +29,7 @@ from typing import Any
 import torch
 from datasets import load_dataset
 from local_models import NotAvailable, piqa, smollm2
-from peft import LoraConfig, get_peft_model
+from peft import LoraConfig, PeftModel, get_peft_model
 from train_rpo import smoke
 from transformers import AutoModelForCausalLM, AutoTokenizer, TrainerCallback
 from transformers.trainer_utils import set_seed
@@ -42,10 +44,17 @@ SETTINGS = {
     "save_strategy": "no", "report_to": "none", "disable_tqdm": True, "use_cpu": True,
 }  # fmt: skip
 SMOKE = {"max_steps": 4, "bf16": False, "warmup_steps": 0}
-LORA = {"r": 16, "lora_alpha": 16, "target_modules": r".*\.(q_proj|v_proj)", "task_type": "CAUSAL_LM"}
+LORA = {"r": 16, "lora_alpha": 16, "target_modules": "all-linear", "task_type": "CAUSAL_LM"}
+SFT = {
+    "method": "lora", "r": 16, "learning_rate": 5e-4, "lr_scheduler_type": "cosine", "warmup_steps": 5,
+    "num_train_epochs": 2, "per_device_train_batch_size": 16, "bf16": True, "fused_loss": True, "logging_steps": 10,
+    "save_strategy": "no", "report_to": "none", "disable_tqdm": True, "use_cpu": True,
+}  # fmt: skip
+PAIRS = 128  # to learn from: 16 steps are an epoch
 CHUNK = 256  # positions whose distributions over the vocabulary are held at once
 PANELS = {
-    "chosen": "log-prob of chosen - start\n[nats per answer]", "rejected": "log-prob of rejected - start\n[nats per answer]",
+    "chosen": "log-prob of chosen - start\n[nats per answer]",
+    "rejected": "log-prob of rejected - start\n[nats per answer]",
     "margin": "reward margin [nats]", "kl": "KL(policy || reference)\n[nats per token]",
 }  # fmt: skip
 COLOURS = ("#d55e00", "#0072b2", "#009e73", "#e69f00", "#56b4e9")  # Okabe and Ito's
@@ -110,11 +119,26 @@ def data(options: argparse.Namespace) -> tuple[Any, Any, list, list]:
     if options.smoke:
         model, tokenizer, pairs = smoke()
         return model, tokenizer, pairs["train"], pairs["eval"]
-    files = {name: str(path) for name, path in piqa().items()}
-    pairs = load_dataset("json", data_files=files)
-    folder = smollm2()
-    model, tokenizer = AutoModelForCausalLM.from_pretrained(folder), AutoTokenizer.from_pretrained(folder)
-    return model, tokenizer, pairs["train"], pairs[options.on]
+    pairs = load_dataset("json", data_files={name: str(path) for name, path in piqa().items()})
+    adapted = PeftModel.from_pretrained(
+        AutoModelForCausalLM.from_pretrained(smollm2()), fine_tuned(options.output_dir)
+    )
+    model, tokenizer = adapted.merge_and_unload(), AutoTokenizer.from_pretrained(smollm2())
+    return model, tokenizer, pairs["train"].select(range(PAIRS)), pairs[options.on]
+
+
+def fine_tuned(folder: Path) -> Path:
+    """Where every run starts, and the reference: a LoRA adapter that learned the right answers to other prompts."""
+    out = folder / "sft"
+    if not (out / "adapter_model.safetensors").is_file():
+        out.mkdir(exist_ok=True)
+        rows = [json.loads(line) for line in piqa()["first"].read_text().splitlines()]
+        pairs = [{"prompt": row["prompt"][0]["content"], "answer": row["chosen"][0]["content"]} for row in rows]
+        (out / "train.jsonl").write_text("".join(json.dumps(pair) + "\n" for pair in pairs))
+        settings = SFT | {"model": smollm2(), "train": out / "train.jsonl", "output_dir": out}
+        words = [word for name, value in settings.items() for word in (f"--{name}", str(value))]
+        subprocess.run([sys.executable, str(Path(__file__).with_name("finetune_lora.py")), *words], check=True)
+    return out
 
 
 def run(eta: float, seed: int, options: argparse.Namespace) -> list[dict[str, float]]:
@@ -138,16 +162,16 @@ def label(eta: float) -> str:
     return f"RPO, eta = {eta:g}" if eta else "DPO"
 
 
-def spread(values: list[float], digits: int = 2) -> str:
+def spread(values: list[float], digits: int) -> str:
     return f"{mean(values):.{digits}f}" + (f" ± {stdev(values):.{digits}f}" if len(values) > 1 else "")
 
 
 def table(found: dict[float, list[list[dict]]]) -> str:
     lines = ["| loss | chosen | rejected | margin | accuracy | KL |", "|---" * 6 + "|"]
     for eta, runs in found.items():
-        last = {name: [rows[-1][name] for rows in runs] for name in (*PANELS, "accuracy")}
-        cells = [spread(last[name]) for name in ("chosen", "rejected", "margin")]
-        lines.append(" | ".join([f"| {label(eta)}", *cells, spread(last["accuracy"], 3), spread(last["kl"], 3)]) + " |")
+        digits = {"chosen": 2, "rejected": 2, "margin": 2, "accuracy": 3, "kl": 3}
+        cells = [spread([rows[-1][name] for rows in runs], places) for name, places in digits.items()]
+        lines.append(f"| {label(eta)} | {' | '.join(cells)} |")
     return "\n".join(lines)
 
 

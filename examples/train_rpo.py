@@ -5,10 +5,10 @@
     accelerate launch --config_file examples/accelerate/ddp.yaml examples/train_rpo.py ...
     python examples/train_rpo.py --smoke    # seconds, no download: a tiny model, made-up pairs
 
-The files (.json, .jsonl, .csv or .parquet) have the columns `prompt`, `chosen` and `rejected`: texts, or lists of turns
-for the model's chat template. The log says the loss in symbols and numbers, and what the reference is. `out` is a
-plain LoRA adapter for `peft.PeftModel.from_pretrained`, or the model with `--adapter none`. A run that was stopped goes
-on from its last checkpoint with `--resume`, and by itself after an elastic restart.
+The files (.json, .jsonl, .csv or .parquet) have the columns `prompt`, `chosen` and `rejected`: texts, or lists of
+turns for the model's chat template. The log says the loss in symbols and numbers, and what the reference is. `out`
+holds a LoRA adapter for `peft.PeftModel.from_pretrained`, or the model with `--adapter none`. A run that was stopped
+goes on from its last checkpoint with `--resume`, and by itself after an elastic restart.
 """
 
 from __future__ import annotations
@@ -59,7 +59,9 @@ def smoke() -> tuple[Any, Any, DatasetDict]:
     """A tiny model, words for tokens, and pairs of which the chosen answer counts up and the rejected one down."""
     words = ["<unk>", "</s>", *map(str, range(NUMBERS))]
     core = Tokenizer(models.WordLevel({word: i for i, word in enumerate(words)}, unk_token="<unk>"))
-    core.pre_tokenizer = pre_tokenizers.Sequence([pre_tokenizers.Split("</s>", "isolated"), pre_tokenizers.Whitespace()])
+    core.pre_tokenizer = pre_tokenizers.Sequence(
+        [pre_tokenizers.Split("</s>", "isolated"), pre_tokenizers.Whitespace()]
+    )
     tokenizer = PreTrainedTokenizerFast(
         tokenizer_object=core, unk_token="<unk>", eos_token="</s>", pad_token="</s>", model_max_length=64
     )
