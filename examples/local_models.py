@@ -22,8 +22,8 @@ CACHE = Path(os.environ.get("HF_REG_CACHE", Path.home() / ".cache" / "hf_reg"))
 SMOLLM2 = "SmolLM2-135M-Instruct"
 HELD_OUT, SPLIT_SEED = 48, 2409  # chosen before any run
 WORDS = 30  # of an article
-PAIRS = {"held_out": 80, "validation": 48, "first": 400}  # prompts; the others are "train"
-ANSWER = 20  # words at most
+PAIRS = {"held_out": 80, "validation": 48, "first": 240}  # prompts; the others are "train"
+ANSWER = 12  # words at most
 
 
 class NotAvailable(RuntimeError):
@@ -99,7 +99,7 @@ def headlines() -> tuple[Path, Path]:
 
 
 def piqa() -> dict[str, Path]:
-    """PIQA's goals with a right and a wrong way to reach them, of 20 words at most: JSON lines of preferences.
+    """PIQA's goals with a right and a wrong way to reach them, of 12 words at most: JSON lines of preferences.
 
     `train` is to learn from, `first` for supervised fine-tuning before, `validation` to choose settings on, `held_out`
     to report. They are split by prompt: no prompt is in two files, though some have several pairs.
@@ -116,9 +116,8 @@ def piqa() -> dict[str, Path]:
         if max(len(way.split()) for way in ways) > ANSWER:
             continue
         prompt = row["question"].strip()
-        answers = {name: ways[i].strip() for name, i in (("chosen", right), ("rejected", 1 - right))}
-        turns = {name: [{"role": "assistant", "content": text}] for name, text in answers.items()}
-        pairs.setdefault(prompt.lower(), []).append({"prompt": [{"role": "user", "content": prompt}], **turns})
+        texts = {"prompt": prompt + "\n", "chosen": ways[right].strip(), "rejected": ways[1 - right].strip()}
+        pairs.setdefault(prompt.lower(), []).append(texts)
     prompts = sorted(pairs)
     random.Random(SPLIT_SEED).shuffle(prompts)
     start = 0

@@ -4,8 +4,8 @@
     python examples/over_optimisation.py --output_dir choice --on validation --etas 0 0.05 0.2 1 --seeds 0
     python examples/over_optimisation.py --output_dir out --smoke        # seconds: a tiny model, made-up pairs
 
-Every few steps the policy is measured on pairs it does not learn from, in fp32; all sums are over an answer's tokens
-and its end, all means over pairs unless it says otherwise:
+Every few steps the policy is measured on pairs it does not learn from (body in bf16, as in training, head in fp32);
+sums are over an answer's tokens and its end, means over pairs unless it says otherwise:
 
 - `chosen`, `rejected`: change of the answer's log-prob since the start, log pi(y) - log pi_ref(y), in nats;
 - `margin`: the reward of the chosen answer minus that of the rejected one, beta * (chosen - rejected), in nats;
@@ -20,36 +20,41 @@ from __future__ import annotations
 
 import argparse
 import json
-import subprocess
-import sys
 from pathlib import Path
 from statistics import mean, stdev
 from typing import Any
 
 import torch
 from datasets import load_dataset
-from local_models import NotAvailable, piqa, smollm2
-from peft import LoraConfig, PeftModel, get_peft_model
+from finetune_lora import encode
+from local_models import CACHE, NotAvailable, piqa, smollm2
+from peft import LoraConfig, get_peft_model
 from train_rpo import smoke
-from transformers import AutoModelForCausalLM, AutoTokenizer, TrainerCallback
+from transformers import (
+    AutoModelForCausalLM,
+    AutoTokenizer,
+    DataCollatorForSeq2Seq,
+    Trainer,
+    TrainerCallback,
+    TrainingArguments,
+)
 from transformers.trainer_utils import set_seed
 
 from hf_reg import RPOConfig, RPOTrainer
 from hf_reg.preferences import PreferenceCollator, prepare_preferences
 
 
-SETTINGS = {
-    "variant": "cumulative", "beta": 0.1, "learning_rate": 5e-4, "lr_scheduler_type": "constant_with_warmup",
-    "warmup_steps": 5, "max_steps": 80, "per_device_train_batch_size": 8, "bf16": True, "logging_steps": 10,
-    "save_strategy": "no", "report_to": "none", "disable_tqdm": True, "use_cpu": True,
+SHARED = {
+    "bf16": True, "use_cpu": True, "logging_steps": 8, "save_strategy": "no", "report_to": "none",
+    "disable_tqdm": True,
 }  # fmt: skip
+SETTINGS = SHARED | {
+    "variant": "cumulative", "beta": 0.1, "learning_rate": 5e-4, "lr_scheduler_type": "constant_with_warmup",
+    "warmup_steps": 5, "max_steps": 64, "per_device_train_batch_size": 8,
+}  # fmt: skip
+SFT = {"learning_rate": 5e-4, "warmup_steps": 3, "num_train_epochs": 2, "per_device_train_batch_size": 16}
 SMOKE = {"max_steps": 4, "bf16": False, "warmup_steps": 0}
 LORA = {"r": 16, "lora_alpha": 16, "target_modules": "all-linear", "task_type": "CAUSAL_LM"}
-SFT = {
-    "method": "lora", "r": 16, "learning_rate": 5e-4, "lr_scheduler_type": "cosine", "warmup_steps": 5,
-    "num_train_epochs": 2, "per_device_train_batch_size": 16, "bf16": True, "fused_loss": True, "logging_steps": 10,
-    "save_strategy": "no", "report_to": "none", "disable_tqdm": True, "use_cpu": True,
-}  # fmt: skip
 PAIRS = 128  # to learn from: 16 steps are an epoch
 CHUNK = 256  # positions whose distributions over the vocabulary are held at once
 PANELS = {
@@ -70,6 +75,7 @@ class Measure(TrainerCallback):
         self.batches = [collator(pairs[i : i + 8]) for i in range(0, len(pairs), 8)]
 
     def on_train_begin(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
+        self.bf16 = args.bf16
         with self.model.disable_adapter():
             self.reference = [self.states(batch) for batch in self.batches]
         self.rows.append({"step": 0, **self.measure()})
@@ -84,11 +90,12 @@ class Measure(TrainerCallback):
         """What enters the head where it predicts the tokens of answers, (M, d)."""
         base = self.model.get_base_model()
         body, device = getattr(base, base.base_model_prefix), base.device
-        self.model.eval()
         inputs = {name: batch[name].to(device) for name in ("input_ids", "attention_mask")}
-        hidden = body(**inputs, use_cache=False).last_hidden_state[:, :-1]
+        self.model.eval()
+        with torch.autocast(device.type, torch.bfloat16, enabled=self.bf16):
+            hidden = body(**inputs, use_cache=False).last_hidden_state[:, :-1]
         self.model.train()
-        return hidden[batch["completion_mask"][:, 1:].bool().to(device)]
+        return hidden[batch["completion_mask"][:, 1:].bool().to(device)].float()
 
     @torch.no_grad()
     def measure(self) -> dict[str, float]:
@@ -120,25 +127,27 @@ def data(options: argparse.Namespace) -> tuple[Any, Any, list, list]:
         model, tokenizer, pairs = smoke()
         return model, tokenizer, pairs["train"], pairs["eval"]
     pairs = load_dataset("json", data_files={name: str(path) for name, path in piqa().items()})
-    adapted = PeftModel.from_pretrained(
-        AutoModelForCausalLM.from_pretrained(smollm2()), fine_tuned(options.output_dir)
-    )
-    model, tokenizer = adapted.merge_and_unload(), AutoTokenizer.from_pretrained(smollm2())
+    folder = fine_tuned()
+    model, tokenizer = AutoModelForCausalLM.from_pretrained(folder), AutoTokenizer.from_pretrained(folder)
     return model, tokenizer, pairs["train"].select(range(PAIRS)), pairs[options.on]
 
 
-def fine_tuned(folder: Path) -> Path:
-    """Where every run starts, and the reference: a LoRA adapter that learned the right answers to other prompts."""
-    out = folder / "sft"
-    if not (out / "adapter_model.safetensors").is_file():
-        out.mkdir(exist_ok=True)
-        rows = [json.loads(line) for line in piqa()["first"].read_text().splitlines()]
-        pairs = [{"prompt": row["prompt"][0]["content"], "answer": row["chosen"][0]["content"]} for row in rows]
-        (out / "train.jsonl").write_text("".join(json.dumps(pair) + "\n" for pair in pairs))
-        settings = SFT | {"model": smollm2(), "train": out / "train.jsonl", "output_dir": out}
-        words = [word for name, value in settings.items() for word in (f"--{name}", str(value))]
-        subprocess.run([sys.executable, str(Path(__file__).with_name("finetune_lora.py")), *words], check=True)
-    return out
+def fine_tuned() -> Path:
+    """Where every run starts, and the reference: SmolLM2 after it learned the right answers to other prompts."""
+    folder = CACHE / "SmolLM2-135M-piqa"
+    if folder.is_dir():
+        return folder
+    tokenizer = AutoTokenizer.from_pretrained(smollm2())
+    tokenizer.chat_template = None  # plain text: its system prompt is longer than most pairs
+    rows = [json.loads(line) for line in piqa()["first"].read_text().splitlines()]
+    rows = [encode({"prompt": row["prompt"].strip(), "answer": row["chosen"]}, tokenizer, 128) for row in rows]
+    set_seed(0)
+    model = get_peft_model(AutoModelForCausalLM.from_pretrained(smollm2()), LoraConfig(**LORA))
+    args = TrainingArguments(str(folder) + "-trainer", **SHARED, **SFT)
+    Trainer(model, args, train_dataset=rows, data_collator=DataCollatorForSeq2Seq(tokenizer)).train()
+    model.merge_and_unload().save_pretrained(folder)
+    tokenizer.save_pretrained(folder)
+    return folder
 
 
 def run(eta: float, seed: int, options: argparse.Namespace) -> list[dict[str, float]]:
@@ -211,7 +220,7 @@ def main() -> None:
     parser.add_argument("--etas", type=float, nargs="+", default=[0.0, 1.0], help="0 is DPO.")
     parser.add_argument("--seeds", type=int, nargs="+", default=[0, 1, 2])
     parser.add_argument("--on", choices=["held_out", "validation"], default="held_out", help="What is measured on.")
-    parser.add_argument("--every", type=int, default=10, help="Steps between measurements.")
+    parser.add_argument("--every", type=int, default=8, help="Steps between measurements.")
     parser.add_argument("--set", type=setting, nargs="+", default=[], metavar="NAME=VALUE", help="Of RPOConfig.")
     parser.add_argument("--smoke", action="store_true", help="A tiny model and made-up pairs, four steps.")
     options = parser.parse_args()
