@@ -50,7 +50,7 @@ SHARED = {
 }  # fmt: skip
 SETTINGS = SHARED | {
     "variant": "cumulative", "beta": 0.1, "learning_rate": 5e-4, "lr_scheduler_type": "constant_with_warmup",
-    "warmup_steps": 5, "max_steps": 64, "per_device_train_batch_size": 8,
+    "warmup_steps": 5, "max_steps": 40, "per_device_train_batch_size": 8,
 }  # fmt: skip
 SFT = {"learning_rate": 5e-4, "warmup_steps": 3, "num_train_epochs": 2, "per_device_train_batch_size": 16}
 SMOKE = {"max_steps": 4, "bf16": False, "warmup_steps": 0}
