@@ -20,6 +20,7 @@ from __future__ import annotations
 
 import argparse
 import json
+import os
 from pathlib import Path
 from statistics import mean, stdev
 from typing import Any
@@ -57,10 +58,9 @@ SMOKE = {"max_steps": 4, "bf16": False, "warmup_steps": 0}
 LORA = {"r": 16, "lora_alpha": 16, "target_modules": "all-linear", "task_type": "CAUSAL_LM"}
 PAIRS = 128  # to learn from: 16 steps are an epoch
 CHUNK = 256  # positions whose distributions over the vocabulary are held at once
-PANELS = {
-    "chosen": "log-prob of chosen - start\n[nats per answer]",
-    "rejected": "log-prob of rejected - start\n[nats per answer]",
-    "margin": "reward margin [nats]", "kl": "KL(policy || reference)\n[nats per token]",
+PANELS = {  # what is drawn, as what, and where it starts
+    "chosen": ("log-prob of the answer - start\n[nats per answer]", 0), "margin": ("reward margin [nats]", 0),
+    "kl": ("KL(policy || reference)\n[nats per token]", 0), "accuracy": ("reward accuracy [share of pairs]", 0.5),
 }  # fmt: skip
 COLOURS = ("#d55e00", "#0072b2", "#009e73", "#e69f00", "#56b4e9")  # Okabe and Ito's
 
@@ -137,16 +137,18 @@ def fine_tuned() -> Path:
     folder = CACHE / "SmolLM2-135M-piqa"
     if folder.is_dir():
         return folder
+    partial = folder.with_suffix(f".{os.getpid()}.partial")
     tokenizer = AutoTokenizer.from_pretrained(smollm2())
     tokenizer.chat_template = None  # plain text: its system prompt is longer than most pairs
     rows = [json.loads(line) for line in piqa()["first"].read_text().splitlines()]
     rows = [encode({"prompt": row["prompt"].strip(), "answer": row["chosen"]}, tokenizer, 128) for row in rows]
     set_seed(0)
     model = get_peft_model(AutoModelForCausalLM.from_pretrained(smollm2()), LoraConfig(**LORA))
-    args = TrainingArguments(str(folder) + "-trainer", **SHARED, **SFT)
+    args = TrainingArguments(str(partial), **SHARED, **SFT)
     Trainer(model, args, train_dataset=rows, data_collator=DataCollatorForSeq2Seq(tokenizer)).train()
-    model.merge_and_unload().save_pretrained(folder)
-    tokenizer.save_pretrained(folder)
+    model.merge_and_unload().save_pretrained(partial)
+    tokenizer.save_pretrained(partial)
+    partial.rename(folder)
     return folder
 
 
@@ -171,7 +173,7 @@ def label(eta: float) -> str:
     return f"RPO, eta = {eta:g}" if eta else "DPO"
 
 
-def spread(values: list[float], digits: int) -> str:
+def shown(values: list[float], digits: int) -> str:
     return f"{mean(values):.{digits}f}" + (f" ± {stdev(values):.{digits}f}" if len(values) > 1 else "")
 
 
@@ -179,9 +181,15 @@ def table(found: dict[float, list[list[dict]]]) -> str:
     lines = ["| loss | chosen | rejected | margin | accuracy | KL |", "|---" * 6 + "|"]
     for eta, runs in found.items():
         digits = {"chosen": 2, "rejected": 2, "margin": 2, "accuracy": 3, "kl": 3}
-        cells = [spread([rows[-1][name] for rows in runs], places) for name, places in digits.items()]
+        cells = [shown([rows[-1][name] for rows in runs], places) for name, places in digits.items()]
         lines.append(f"| {label(eta)} | {' | '.join(cells)} |")
     return "\n".join(lines)
+
+
+def over_seeds(runs: list[list[dict]], name: str) -> tuple[list[int], list[float], list[float]]:
+    """Steps, and the mean and the standard deviation of the runs there."""
+    values = [[row[name] for row in rows] for rows in zip(*runs, strict=True)]
+    return [row["step"] for row in runs[0]], list(map(mean, values)), [stdev(v) if len(v) > 1 else 0.0 for v in values]
 
 
 def draw(found: dict[float, list[list[dict]]], file: Path) -> None:
@@ -190,21 +198,22 @@ def draw(found: dict[float, list[list[dict]]], file: Path) -> None:
 
     figure = Figure(figsize=(9, 5.4), layout="constrained")
     FigureCanvasAgg(figure)
-    for (name, title), axes in zip(PANELS.items(), figure.subplots(2, 2, sharex=True).flat, strict=True):
+    for (name, (title, start)), axes in zip(PANELS.items(), figure.subplots(2, 2, sharex=True).flat, strict=True):
         for colour, (eta, runs) in zip(COLOURS, found.items(), strict=False):
-            steps = [row["step"] for row in runs[0]]
-            values = [[row[name] for row in rows] for rows in zip(*runs, strict=True)]
-            middle = [mean(one) for one in values]
-            axes.plot(steps, middle, color=colour, linewidth=2, label=label(eta))
-            if len(runs) > 1:
-                low, high = ([m + sign * stdev(v) for m, v in zip(middle, values, strict=True)] for sign in (-1, 1))
-                axes.fill_between(steps, low, high, color=colour, alpha=0.2, linewidth=0)
-        axes.axhline(0, color="black", linewidth=0.8)
+            steps, middle, spread = over_seeds(runs, name)
+            of = ", chosen" if name == "chosen" else ""
+            axes.plot(steps, middle, color=colour, linewidth=2, label=label(eta) + of)
+            low, high = ([m + sign * s for m, s in zip(middle, spread, strict=True)] for sign in (-1, 1))
+            axes.fill_between(steps, low, high, color=colour, alpha=0.2, linewidth=0)
+            if name == "chosen":
+                steps, middle, _ = over_seeds(runs, "rejected")
+                axes.plot(steps, middle, color=colour, linestyle=(0, (2, 2)), label=f"{label(eta)}, rejected")
+        axes.axhline(start, color="black", linewidth=0.8)
         axes.set_ylabel(title)
         axes.spines[["top", "right"]].set_visible(False)
         axes.grid(alpha=0.25)
     for axes in figure.axes[2:]:
-        axes.set_xlabel("step (8 pairs each)")
+        axes.set_xlabel("step of 8 pairs")
     figure.axes[0].legend(frameon=False)
     figure.savefig(file, dpi=100)
 
