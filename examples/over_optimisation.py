@@ -1,9 +1,11 @@
 """Reward over-optimisation: DPO against RPO on a real model and real pairs, with the same batches, seeds and settings.
 
-    python examples/over_optimisation.py --output_dir out                # 50 minutes on one core; goes on where it was
-    python examples/over_optimisation.py --output_dir choice --on validation --etas 0 0.05 0.2 1 --seeds 0
-    python examples/over_optimisation.py --output_dir out --smoke        # seconds: a tiny model, made-up pairs
+    python examples/over_optimisation.py --output_dir out --etas 0 0.2 1    # an hour on one core; goes on where it was
+    python examples/over_optimisation.py --output_dir choice --on validation --etas 0 0.05 0.2 1 --seeds 100 \\
+        --every 16 --set max_steps=32
+    python examples/over_optimisation.py --output_dir out --smoke           # seconds: a tiny model, made-up pairs
 
+SmolLM2-135M-Instruct first learns 249 right answers (two epochs): that is the start of every run, and its reference.
 Every few steps the policy is measured on pairs it does not learn from (body in bf16, as in training, head in fp32);
 sums are over an answer's tokens and its end, means over pairs unless it says otherwise:
 
