@@ -203,20 +203,19 @@ def draw(found: dict[float, list[list[dict]]], file: Path) -> None:
     for (name, (title, start)), axes in zip(PANELS.items(), figure.subplots(2, 2, sharex=True).flat, strict=True):
         for colour, (eta, runs) in zip(COLOURS, found.items(), strict=False):
             steps, middle, spread = over_seeds(runs, name)
-            of = ", chosen" if name == "chosen" else ""
-            axes.plot(steps, middle, color=colour, linewidth=2, label=label(eta) + of)
+            axes.plot(steps, middle, color=colour, linewidth=2, label=label(eta))
             low, high = ([m + sign * s for m, s in zip(middle, spread, strict=True)] for sign in (-1, 1))
             axes.fill_between(steps, low, high, color=colour, alpha=0.2, linewidth=0)
             if name == "chosen":
                 steps, middle, _ = over_seeds(runs, "rejected")
-                axes.plot(steps, middle, color=colour, linestyle=(0, (2, 2)), label=f"{label(eta)}, rejected")
+                axes.plot(steps, middle, color=colour, linestyle=(0, (2, 2)))
         axes.axhline(start, color="black", linewidth=0.8)
         axes.set_ylabel(title)
         axes.spines[["top", "right"]].set_visible(False)
         axes.grid(alpha=0.25)
     for axes in figure.axes[2:]:
         axes.set_xlabel("step of 8 pairs")
-    figure.axes[0].legend(frameon=False)
+    figure.axes[0].legend(frameon=False, title="solid: chosen, dashed: rejected")
     figure.savefig(file, dpi=100)
 
 
