@@ -3,7 +3,7 @@
     python examples/over_optimisation.py --output_dir out --etas 0 0.2 1    # an hour on one core; goes on where it was
     python examples/over_optimisation.py --output_dir choice --on validation --etas 0 0.05 0.2 1 --seeds 100 \\
         --every 16 --set max_steps=32
-    python examples/over_optimisation.py --output_dir out --smoke           # seconds: a tiny model, made-up pairs
+    python examples/over_optimisation.py --output_dir tiny --smoke          # seconds: a tiny model, made-up pairs
 
 SmolLM2-135M-Instruct first learns 249 right answers (two epochs): that is the start of every run, and its reference.
 Every few steps the policy is measured on pairs it does not learn from (body in bf16, as in training, head in fp32);
@@ -231,7 +231,7 @@ def main() -> None:
     parser.add_argument("--seeds", type=int, nargs="+", default=[0, 1, 2])
     parser.add_argument("--on", choices=["held_out", "validation"], default="held_out", help="What is measured on.")
     parser.add_argument("--every", type=int, default=8, help="Steps between measurements.")
-    parser.add_argument("--set", type=setting, nargs="+", default=[], metavar="NAME=VALUE", help="Of RPOConfig.")
+    parser.add_argument("--set", type=setting, nargs="+", default=[], metavar="NAME=JSON", help="Of RPOConfig.")
     parser.add_argument("--smoke", action="store_true", help="A tiny model and made-up pairs, four steps.")
     options = parser.parse_args()
     if options.smoke:

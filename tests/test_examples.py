@@ -13,10 +13,11 @@ from pathlib import Path
 from types import ModuleType
 
 import pytest
+import torch
 import transformers
 import yaml
 
-from hf_reg import RegularizedTrainer, RPOTrainer
+from hf_reg import RegularizedTrainer, RPOConfig, RPOTrainer
 
 from .distributed.launch import ROOT, environment, run
 
@@ -316,6 +317,39 @@ def test_over_optimisation(tmp_path: Path) -> None:
         assert (start["chosen"], start["margin"], start["kl"], start["accuracy"]) == (0, 0, 0, 0.5)
         assert end["margin"] == pytest.approx(0.1 * (end["chosen"] - end["rejected"]), rel=1e-3)
         assert end["margin"] > 0 and end["kl"] > 0
+
+
+def test_what_is_measured(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.syspath_prepend(ROOT / "examples")
+    module = example("over_optimisation")
+    transformers.set_seed(0)
+    model, tokenizer, data = module.smoke()
+    model = module.get_peft_model(model, module.LoraConfig(**module.LORA))
+    args = RPOConfig(str(tmp_path), beta=0.1, use_cpu=True, bf16=False, report_to="none")
+    pairs = module.prepare_preferences(data["eval"], tokenizer)
+    collator = module.PreferenceCollator(tokenizer.pad_token_id)
+    measure = module.Measure(model, pairs, collator, args.beta, 1)
+    trainer = RPOTrainer(
+        model, args, train_dataset=data["train"], eval_dataset=data["eval"], processing_class=tokenizer
+    )
+    measure.on_train_begin(args, None, None)
+    for name, parameter in model.named_parameters():
+        if "lora_B" in name:
+            torch.nn.init.normal_(parameter, std=0.3)
+    found, known = measure.measure(), trainer.evaluate()
+    assert found["margin"] == pytest.approx(known["eval_rewards/margins"], rel=1e-4)
+    assert found["accuracy"] == pytest.approx(known["eval_rewards/accuracies"])
+    assert found["chosen"] + found["chosen_start"] == pytest.approx(known["eval_logps/chosen"], rel=1e-5)
+    assert found["rejected"] + found["rejected_start"] == pytest.approx(known["eval_logps/rejected"], rel=1e-5)
+    batch = collator(pairs)
+    answers = batch["completion_mask"][:, 1:].bool()
+    inputs = {name: batch[name] for name in ("input_ids", "attention_mask")}
+    with torch.no_grad():
+        policy = model(**inputs).logits[:, :-1][answers].log_softmax(-1)
+        with model.disable_adapter():
+            reference = model(**inputs).logits[:, :-1][answers].log_softmax(-1)
+    divergence = torch.nn.functional.kl_div(reference, policy, log_target=True, reduction="batchmean")
+    assert found["kl"] == pytest.approx(float(divergence), rel=1e-4) and found["kl"] > 1e-3
 
 
 # ---- local_models.py
