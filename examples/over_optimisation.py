@@ -11,6 +11,7 @@ sums are over an answer's tokens and its end, means over pairs unless it says ot
 
 - `chosen`, `rejected`: change of the answer's log-prob since the start, log pi(y) - log pi_ref(y), in nats;
 - `margin`: the reward of the chosen answer minus that of the rejected one, beta * (chosen - rejected), in nats;
+- `train_margin`: the same of the pairs learned from, a mean over the steps since the last measurement;
 - `accuracy`: share of pairs whose margin is above 0; a margin of 0 counts half;
 - `kl`: KL(pi || pi_ref) of the next token, exact over the vocabulary, in nats a token; a mean over the tokens of both
   answers, as the data gives them: not over text that the policy writes.
@@ -87,6 +88,10 @@ class Measure(TrainerCallback):
             self.rows.append({"step": state.global_step, **self.measure()})
             print(self.rows[-1], flush=True)
 
+    def on_log(self, args: Any, state: Any, control: Any, logs: Any = None, **kwargs: Any) -> None:
+        if "rewards/margins" in logs and self.rows[-1]["step"] == state.global_step:
+            self.rows[-1]["train_margin"] = logs["rewards/margins"]
+
     @torch.no_grad()
     def states(self, batch: dict[str, torch.Tensor]) -> torch.Tensor:
         """What enters the head where it predicts the tokens of answers, (M, d)."""
@@ -161,7 +166,7 @@ def run(eta: float, seed: int, options: argparse.Namespace) -> list[dict[str, fl
         return json.loads(file.read_text())
     set_seed(seed)  # LoRA's first factors
     model, tokenizer, train, measured = data(options)
-    settings = SETTINGS | (SMOKE if options.smoke else {}) | dict(options.set)
+    settings = SETTINGS | {"logging_steps": options.every} | (SMOKE if options.smoke else {}) | dict(options.set)
     args = RPOConfig(str(options.output_dir), eta=eta, seed=seed, **settings)
     model = get_peft_model(model, LoraConfig(**LORA))
     pairs = prepare_preferences(measured, tokenizer, name=options.on)
@@ -180,10 +185,13 @@ def shown(values: list[float], digits: int) -> str:
 
 
 def table(found: dict[float, list[list[dict]]]) -> str:
-    lines = ["| loss | chosen | rejected | margin | accuracy | KL |", "|---" * 6 + "|"]
+    columns = {  # name and digits
+        "chosen": ("chosen", 2), "rejected": ("rejected", 2), "train_margin": ("margin, training", 2),
+        "margin": ("margin", 3), "accuracy": ("accuracy", 3), "kl": ("KL", 2),
+    }  # fmt: skip
+    lines = ["| loss | " + " | ".join(title for title, _ in columns.values()) + " |", "|---" * 7 + "|"]
     for eta, runs in found.items():
-        digits = {"chosen": 2, "rejected": 2, "margin": 2, "accuracy": 3, "kl": 3}
-        cells = [shown([rows[-1][name] for rows in runs], places) for name, places in digits.items()]
+        cells = [shown([rows[-1][name] for rows in runs], digits) for name, (_, digits) in columns.items()]
         lines.append(f"| {label(eta)} | {' | '.join(cells)} |")
     return "\n".join(lines)
 
