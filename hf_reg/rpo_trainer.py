@@ -16,7 +16,7 @@ from .preferences.arguments import RPOConfig
 from .preferences.data import REFERENCE, PreferencePairs
 from .preferences.layouts import model_inputs
 from .preferences.precomputed import check_precomputing, precompute_reference
-from .preferences.reference import Reference
+from .preferences.reference import Reference, refuse_head
 from .preferences.trainer import PreferenceTrainer
 from .seams import SEAM
 from .tables import Shown
@@ -62,6 +62,7 @@ def _refuse(model: Any, args: RPOConfig, unknown: Mapping[str, Any]) -> None:
         raise ValueError(
             "RPOTrainer adds no load-balancing loss of experts. Set model.config.output_router_logits = False."
         )
+    refuse_head(model)
 
 
 class RPOTrainer(RegularizerMixin, PreferenceTrainer):
@@ -82,8 +83,8 @@ class RPOTrainer(RegularizerMixin, PreferenceTrainer):
         kwargs: of [`~transformers.Trainer`].
 
     Raises:
-        `ValueError`: without a reference, or where the base of the adapter was changed; for what cannot be combined;
-            for data that cannot be used. `TypeError`: for arguments of another kind.
+        `ValueError`: without a reference, or where the base of the adapter was changed; for an adapted head and other
+            things that cannot be combined; for data that cannot be used. `TypeError`: for arguments of another kind.
 
     Example:
 

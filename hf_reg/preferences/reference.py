@@ -16,12 +16,23 @@ from .data import REFERENCE
 from .scoring import AnswerScores
 
 
-__all__ = ["Reference"]
+__all__ = ["Reference", "refuse_head"]
 
 KEEPS_BASE = (True, False, "gaussian", "eva", "mica")  # init_lora_weights that leave the base weights as they were
 REMEDY = (
     "Pass ref_model=AutoModelForCausalLM.from_pretrained(...), or data with ref_chosen_logps and ref_rejected_logps"
 )
+
+
+def refuse_head(model: nn.Module) -> None:
+    """Raise `ValueError` if the output embeddings carry an adapter, or are a copy in training beside a frozen one."""
+    base: Any = model.get_base_model() if hasattr(model, "get_base_model") else model  # type: ignore[operator]
+    head = base.get_output_embeddings() if hasattr(base, "get_output_embeddings") else None
+    if hasattr(head, "base_layer") or hasattr(head, "modules_to_save"):
+        raise ValueError(
+            f"The head of {type(base).__name__} is adapted ({type(head).__name__}), but log-probs are computed in "
+            "chunks, with one frozen head for policy and reference. Leave lm_head out of target_modules and modules_to_save."
+        )
 
 
 def _changed(model: Any) -> Iterator[str]:

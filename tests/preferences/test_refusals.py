@@ -81,6 +81,12 @@ def test_a_reference_given_twice_or_that_is_the_policy(tmp_path: Path) -> None:
         trainer(tmp_path, model, ref_model=model)
 
 
+@pytest.mark.parametrize("settings", [{"target_modules": [*LINEAR, "lm_head"]}, {"modules_to_save": ["lm_head"]}])
+def test_an_adapted_head(settings: dict[str, Any], tmp_path: Path) -> None:
+    with pytest.raises(ValueError, match="The head of LlamaForCausalLM is adapted .* Leave lm_head out"):
+        trainer(tmp_path, lora(**settings))
+
+
 def test_a_patch_that_acts_in_evaluation(tmp_path: Path) -> None:
     with pytest.raises(ValueError, match="head_mask acts in eval mode too, so the reference would carry it"):
         trainer(tmp_path, patches={"head_mask": {"heads": {0: [1]}}})
