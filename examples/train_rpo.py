@@ -107,7 +107,8 @@ def main() -> None:
     else:
         raise SystemExit("Give --train FILE (and --eval FILE), or --smoke for a run without data.")
     reference = AutoModelForCausalLM.from_pretrained(task.ref_model) if task.ref_model else None
-    if task.adapter == "none" and reference is None and "ref_chosen_logps" not in data["train"].column_names:
+    stored = "ref_chosen_logps" in data["train"].column_names or args.precompute_reference
+    if task.adapter == "none" and reference is None and not stored:
         reference = copy.deepcopy(model)
     trainer = RPOTrainer(
         adapt(task, model), args, train_dataset=data["train"], eval_dataset=data.get("eval"),

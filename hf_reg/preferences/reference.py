@@ -31,7 +31,8 @@ def refuse_head(model: nn.Module) -> None:
     if hasattr(head, "base_layer") or hasattr(head, "modules_to_save"):
         raise ValueError(
             f"The head of {type(base).__name__} is adapted ({type(head).__name__}), but log-probs are computed in "
-            "chunks, with one frozen head for policy and reference. Leave lm_head out of target_modules and modules_to_save."
+            "chunks, with one frozen head for policy and reference. Leave lm_head out of target_modules and "
+            "modules_to_save."
         )
 
 
