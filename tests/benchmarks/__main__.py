@@ -50,7 +50,7 @@ def markdown(rows: list[Row]) -> str:
         "",
         f"Written by `make bench`: {stack}, Python {platform.python_version()}, one thread, CPU clock. Variants run",
         "once a round in random order, and a ratio is the median over the rounds of ours / peer (for the mask: peer /",
-        "ours). Each section is from one run, of 15 rounds or more (SORSA, SVD and BA-LoRA: of 11 or fewer).",
+        "ours). Each section is from one run, of 15 rounds or more (SORSA, SVD, BA-LoRA and RPO: of 11 or fewer).",
         "Peak memory is what a step allocates above the model, gradients included (with `skip`, of one draw).",
         "",
         "| " + " | ".join(COLUMNS) + " |",

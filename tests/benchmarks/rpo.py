@@ -135,7 +135,7 @@ def run(rounds: int) -> list[Row]:
         for shape, targets in SHAPES.items():
             made = steps(shape, False, folder)
             case = f"56M step, {PAIRS} pairs, prompt {shape[0]}, answers {shape[1]}"
-            times = interleave(made, min(rounds, 11), f"RPO step {shape[0]} + {shape[1]}")
+            times = interleave(made, min(rounds, 9), f"RPO step {shape[0]} + {shape[1]}")
             for ending, target in zip(("", ", precomputed"), targets, strict=True):
                 middle, spread = ratio(times, "RPOTrainer" + ending, "TRL" + ending)
                 table.append(Row("RPO", case, "RPOTrainer" + ending, "TRL" + ending, middle, target, spread=spread))
