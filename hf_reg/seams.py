@@ -95,10 +95,11 @@ def _attend(
 ) -> Any:
     spared = kwargs.pop(masks.SPARED, None)
     seam: Any = module._modules.get(SEAM)
-    if segments.is_table(attention_mask):
+    found = segments.segments_of(attention_mask)
+    if found is not None:
         if seam is not None and seam.enabled():
             raise ValueError("Patches act on whole rows; this row holds several examples. Lay them out one a row.")
-        return segments.attend(function, attention_mask, module, query, key, value, kwargs)
+        return segments.attend(function, found, module, query, key, value, kwargs)
     if seam is None:
         return function(module, query, key, value, attention_mask, **kwargs)
     return seam.attend(function, implementation, module, query, key, value, attention_mask, spared, kwargs)

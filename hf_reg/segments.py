@@ -15,12 +15,14 @@ from collections.abc import Callable, Sequence
 from typing import Any, NamedTuple
 
 import torch
+from torch.utils.weak import WeakIdKeyDictionary
 from transformers.integrations.sdpa_attention import sdpa_attention_forward
 
 
-__all__ = ["Segment", "attend", "is_table", "table"]
+__all__ = ["Segment", "attend", "segments_of", "table"]
 
 MARK = 0x5E67E275  # first cell of a table
+_read: Any = WeakIdKeyDictionary()  # tables and their segments, so that a GPU is asked once, not in every layer
 
 
 class Segment(NamedTuple):
@@ -35,15 +37,14 @@ def table(segments: Sequence[Segment]) -> torch.Tensor:
     return torch.tensor([[[[MARK, len(segments), 0], *([length, *context] for length, context in segments)]]])
 
 
-def is_table(mask: Any) -> bool:
-    """Whether what came as a mask is a [`table`]."""
-    return (
-        isinstance(mask, torch.Tensor)
-        and mask.dtype == torch.int64
-        and mask.dim() == 4
-        and mask.shape[-1] == 3
-        and int(mask[0, 0, 0, 0]) == MARK
-    )
+def segments_of(mask: Any) -> list[Segment] | None:
+    """The segments that a [`table`] says; `None` for any other mask."""
+    if not isinstance(mask, torch.Tensor) or mask.dtype != torch.int64 or mask.dim() != 4 or mask.shape[-1] != 3:
+        return None
+    if mask not in _read:
+        (mark, *_), *rows = mask[0, 0].tolist()
+        _read[mask] = [Segment(length, (first, last)) for length, first, last in rows] if mark == MARK else None
+    return _read[mask]
 
 
 def _cut(parts: Sequence[torch.Tensor], begins: Sequence[int], context: tuple[int, int]) -> torch.Tensor:
@@ -57,7 +58,7 @@ def _cut(parts: Sequence[torch.Tensor], begins: Sequence[int], context: tuple[in
 
 def attend(
     function: Callable[..., Any],
-    mask: torch.Tensor,
+    segments: Sequence[Segment],
     module: torch.nn.Module,
     query: torch.Tensor,
     key: torch.Tensor,
@@ -68,7 +69,7 @@ def attend(
 
     Args:
         function (`Callable`): the attention function of sdpa.
-        mask (`torch.Tensor`): a [`table`].
+        segments (sequence of [`Segment`]): one behind the other.
         query, key, value (`torch.Tensor` of shape `(1, H, N, D)`): of the tokens of all segments.
 
     Returns:
@@ -77,7 +78,6 @@ def attend(
     Raises:
         `ValueError`: for another attention function, or another number of tokens than the segments have.
     """
-    segments = [Segment(length, (first, last)) for length, first, last in mask[0, 0, 1:].tolist()]
     lengths = [segment.length for segment in segments]
     if function is not sdpa_attention_forward:
         raise ValueError("Segments are attended to with sdpa only.")

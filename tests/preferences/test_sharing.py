@@ -15,7 +15,7 @@ from hf_reg import messages as said_by
 from hf_reg import patch_model, unpatch_model
 from hf_reg.preferences.layouts import padded, together
 from hf_reg.preferences.scoring import AnswerScores, Limits
-from hf_reg.segments import Segment, attend, is_table, table
+from hf_reg.segments import Segment, attend, segments_of, table
 
 from .models import gradients, llama, lora, one_batch, trainer
 from .words import PLAIN, WORDS
@@ -215,8 +215,9 @@ def test_attention_by_segments() -> None:
         seen[place : place + length, first:last] = True
         place += length
     mask = table(segments)
-    assert is_table(mask) and not is_table(seen[None, None]) and not is_table(None)
-    found, _ = attend(sdpa_attention_forward, mask, nn.Module(), query, key, value, {})
+    assert segments_of(mask) == segments_of(mask.clone()) == segments
+    assert [segments_of(other) for other in (seen[None, None], mask + 1, mask[..., :2], None)] == [None] * 4
+    found, _ = attend(sdpa_attention_forward, segments, nn.Module(), query, key, value, {})
     expected, _ = sdpa_attention_forward(nn.Module(), query, key, value, seen[None, None])
     torch.testing.assert_close(found, expected)
     weights = torch.randn_like(found)
@@ -230,6 +231,6 @@ def test_attention_by_segments() -> None:
 def test_wrong_tables_are_refused() -> None:
     states = [torch.randn(1, 2, 7, 8) for _ in range(3)]
     with pytest.raises(ValueError, match="5 tokens in segments; found queries"):
-        attend(sdpa_attention_forward, table([Segment(5)]), nn.Module(), *states, {})
+        attend(sdpa_attention_forward, [Segment(5)], nn.Module(), *states, {})
     with pytest.raises(ValueError, match="A context from 1 to 4 is not within one segment"):
-        attend(sdpa_attention_forward, table([Segment(2), Segment(3), Segment(2, (1, 4))]), nn.Module(), *states, {})
+        attend(sdpa_attention_forward, [Segment(2), Segment(3), Segment(2, (1, 4))], nn.Module(), *states, {})
