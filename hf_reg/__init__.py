@@ -6,6 +6,8 @@ from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
     from .adapters import BALoraConfig, SorsaConfig, get_regularized_peft_model
+    from .checkpoints.loading import load_regularized
+    from .checkpoints.verification import verify_checkpoint
     from .description import describe
     from .dropout import set_dropout
     from .losses import rpo_loss
@@ -26,12 +28,14 @@ _HOME = {
     "diagnose": "overfit",
     "early_stopping": "stopping",
     "set_dropout": "dropout",
+    "load_regularized": "checkpoints.loading",
     "patch_model": "patching",
     "rpo_loss": "losses",
     "RPOConfig": "rpo_trainer",
     "RPOTrainer": "rpo_trainer",
     "patched": "patching",
     "unpatch_model": "patching",
+    "verify_checkpoint": "checkpoints.verification",
     "RegularizedTrainer": "trainer",
     "RegularizerMixin": "trainer",
     "RegularizedTrainingArguments": "training.arguments",
@@ -39,7 +43,7 @@ _HOME = {
 __all__ = [
     "BALoraConfig", "RPOConfig", "RPOTrainer", "RegularizedTrainer", "RegularizedTrainingArguments",
     "RegularizerMixin", "SorsaConfig", "describe", "diagnose", "early_stopping", "get_regularized_peft_model",
-    "patch_model", "patched", "rpo_loss", "set_dropout", "unpatch_model",
+    "load_regularized", "patch_model", "patched", "rpo_loss", "set_dropout", "unpatch_model", "verify_checkpoint",
 ]  # fmt: skip
 
 

@@ -16,6 +16,7 @@ from torch.distributed.fsdp import FullyShardedDataParallel
 from torch.nn.parallel import DataParallel, DistributedDataParallel
 
 from .base import Gate, Patch
+from .checkpoints.block import note_patches
 from .names import nearest
 from .own_attention import connect, disconnect
 from .seams import SEAM, AttentionSeam, install
@@ -93,8 +94,9 @@ def patch_model(model: Model, patch: str | Patch | Sequence[str | Patch], **sett
     """Regularize the attention modules of `model`: active in training, invisible in evaluation, gone after
     `unpatch_model`.
 
-    The model is changed in place: no module, forward or configuration is replaced, and checkpoints stay stock. A
-    method that is already on the model gets the new settings, on the modules that they select.
+    The model is changed in place: no module, forward or configuration is replaced. Checkpoints stay stock; the
+    `hf_reg` attribute of the configuration names the patches there, and goes with them. A method that is already on
+    the model gets the new settings, on the modules that they select.
 
     Args:
         model (`nn.Module`): a transformers model, or one inside PEFT, DDP, FSDP or `torch.compile`.
@@ -139,6 +141,7 @@ def patch_model(model: Model, patch: str | Patch | Sequence[str | Patch], **sett
     _forget_compiled()
     for one, gates in plan:
         _attach(inner, one, gates)
+    note_patches(inner)
     return model
 
 
@@ -234,6 +237,7 @@ def unpatch_model(model: Model, patch: str | None = None) -> Model:
     if seams:
         _forget_compiled()
         _detach(inner, patch)
+        note_patches(inner)
     return model
 
 
@@ -248,6 +252,7 @@ def patched(model: Model, patch: str | Patch | Sequence[str | Patch], **settings
     finally:
         unpatch_model(model)
         _restore(inner, before)
+        note_patches(inner)
 
 
 def _snapshot(model: nn.Module) -> list[tuple[nn.Module, AttentionSite, dict[str, Gate]]]:

@@ -7,8 +7,8 @@ nothing to save and a resumed run continues exactly. It gives a *factor*; the ra
 from __future__ import annotations
 
 import math
-from collections.abc import Sequence
-from dataclasses import dataclass
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, fields
 from typing import Any
 
 from torch import nn
@@ -200,21 +200,29 @@ SCHEDULES: dict[str, type[Schedule]] = {
 }
 
 
-def make_schedule(schedule: Schedule | str) -> Schedule:
-    """A [`Schedule`] from an object, or from a name with its published (or our) defaults.
+def make_schedule(schedule: Schedule | str | Mapping[str, Mapping[str, Any]]) -> Schedule:
+    """A [`Schedule`] from an object, from a name with its published (or our) defaults, or from `{name: settings}`.
 
     Raises:
-        `ValueError`: for an unknown name. `TypeError`: for anything else.
+        `ValueError`: for an unknown name or a value out of range. `TypeError`: for an unknown setting, or no schedule.
     """
-    if isinstance(schedule, str):
-        if schedule not in SCHEDULES:
-            raise ValueError(f"Unknown schedule {schedule!r}; choose one of {', '.join(SCHEDULES)}.")
-        return SCHEDULES[schedule]()
-    if not isinstance(schedule, Schedule):
+    if isinstance(schedule, Schedule):
+        return schedule
+    name: Any = schedule
+    settings: Mapping[str, Any] = {}
+    if isinstance(schedule, Mapping) and len(schedule) == 1:
+        [(name, settings)] = schedule.items()
+    if not isinstance(name, str) or not isinstance(settings, Mapping):
         raise TypeError(
-            f"schedule must be a name ({', '.join(SCHEDULES)}) or a Schedule, got {type(schedule).__name__}."
+            f"schedule must be a name ({', '.join(SCHEDULES)}), {{name: settings}} or a Schedule, got "
+            f"{type(schedule).__name__}."
         )
-    return schedule
+    if name not in SCHEDULES:
+        raise ValueError(f"Unknown schedule {name!r}; choose one of {', '.join(SCHEDULES)}.")
+    names = [f.name for f in fields(SCHEDULES[name])]  # type: ignore[arg-type]
+    if unknown := [setting for setting in settings if setting not in names]:
+        raise TypeError(f"schedule {name} has no setting {unknown[0]!r}. Settings: {', '.join(names)}.")
+    return SCHEDULES[name](**settings)
 
 
 def model_step(model: nn.Module, step: int, total: int, losses: Sequence[float] = ()) -> None:

@@ -4,13 +4,14 @@ from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
 from inspect import signature
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 import torch
 from torch import nn
 from transformers import Trainer
 
 from .base import Penalty
+from .checkpoints.block import note_training
 from .distributed import check_launch, wrap_anew
 from .patching import patch_model
 from .recipes import make_patches, make_penalties
@@ -24,6 +25,7 @@ from .training.finite import FiniteTerms, not_finite
 from .training.fused_step import FusedStep
 from .training.loss_scale import penalty_factor
 from .training.penalty_terms import PenaltyTerms
+from .training.saving import SavingMixin
 from .training.task_loss import TaskLoss
 from .training.teacher_cache import make_teacher_cache
 from .training.terms import Terms, gradient_shares
@@ -31,13 +33,8 @@ from .training.terms import Terms, gradient_shares
 
 __all__ = ["RegularizedTrainer", "RegularizerMixin"]
 
-if TYPE_CHECKING:
-    from transformers import Trainer as _Base  # what it is mixed into
-else:
-    _Base = object
 
-
-class RegularizerMixin(_Base):
+class RegularizerMixin(SavingMixin):
     """Penalties and patches for any `Trainer`: put it before the trainer in a class of your own.
 
     ```python
@@ -81,7 +78,7 @@ class RegularizerMixin(_Base):
         self._forwards_again = False  # whether penalties need a forward of their own
         super().__init__(*args, **kwargs)
         check_launch(self.args, self.accelerator)
-        bare = self.bare_model
+        bare, self._own_penalties = self.bare_model, list(chosen)
         chosen += adapter_losses(bare, self.args.learning_rate, chosen)
         self._penalties = PenaltyTerms(chosen, bare, teacher, make_teacher_cache(self.args, chosen, self.accelerator))
         if "example_ids" in self._penalties.needs and self.train_dataset is not None:
@@ -91,6 +88,7 @@ class RegularizerMixin(_Base):
         self._plain_loss = super().compute_loss.__func__ is Trainer.compute_loss
         if self._patches:
             patch_model(self.model, self._patches)
+        note_training(bare, self._own_penalties, self.args.seed)
         if not any(isinstance(callback, ScheduleCallback) for callback in self.callback_handler.callbacks):
             self.add_callback(ScheduleCallback())
         self._around = RegularizationCallback(self)

@@ -18,7 +18,7 @@ from typing import Any
 import numpy as np
 import torch
 from torch import Tensor, nn
-from transformers import PreTrainedModel
+from transformers import PreTrainedConfig, PreTrainedModel
 
 from hf_reg import patch_model, unpatch_model
 from hf_reg.base import Gate
@@ -165,11 +165,16 @@ def rate_zero_is_identity(case: Case) -> str | None:
 
 def unpatch_restores(case: Case) -> str | None:
     before, names = case.run(), [name for name, _ in case.model.named_modules()]
+    config = getattr(case.model, "config", None)
+    settings = config.to_dict() if isinstance(config, PreTrainedConfig) else None
     case.attach()
+    if settings is not None:
+        assert list(config.hf_reg["patches"]) == [case.patch], "the configuration does not name the patch"
     keys = list(case.model.state_dict())
     assert not any("hf_reg" in key for key in keys), "the state dict shows the patch"
     unpatch_model(case.model)
     assert keys == list(case.model.state_dict()) and names == [name for name, _ in case.model.named_modules()]
+    assert settings is None or config.to_dict() == settings, "the configuration is not what it was"
     hooks = [
         hook for m in case.model.modules() for hook in (*m._forward_hooks.values(), *m._forward_pre_hooks.values())
     ]
@@ -246,6 +251,7 @@ def reloads_stock(case: Case) -> str | None:
         result = distance(case.run(loaded), case.run())
         case.model.train()
         assert not list(gates(loaded)), "the patch came with the checkpoint"
+        assert getattr(loaded.config, "hf_reg", None) == getattr(case.model.config, "hf_reg", None), "another block"
         return result
 
     with quiet():

@@ -18,7 +18,15 @@ from .config import SvdAdapterConfig
 from .initialisation import initialise
 from .linear import SvdLinear
 from .rollback import unchanged_on_failure
-from .storage import SETTINGS, layers_of, plain_config, plain_state_dict, read_config, restore, write_factors
+from .storage import (
+    holds_svd_adapter,
+    layers_of,
+    plain_config,
+    plain_state_dict,
+    read_config,
+    restore,
+    write_factors,
+)
 
 
 __all__ = ["get_regularized_peft_model"]
@@ -63,7 +71,7 @@ class _Regularized(PeftModel):
         self, model_id: str | os.PathLike[str], adapter_name: str, is_trainable: bool = False, **kwargs: Any
     ) -> Any:
         """As in [`~peft.PeftModel`]; a folder with hf_reg.json gives the factors that training goes on with."""
-        if not (Path(model_id) / SETTINGS).is_file():
+        if not holds_svd_adapter(model_id):
             if adapter_name in self._svd_adapters():
                 read_config(model_id)  # says what is missing
             return super().load_adapter(model_id, adapter_name, is_trainable=is_trainable, **kwargs)

@@ -16,6 +16,7 @@ from safetensors import SafetensorError
 from safetensors.torch import load_file, save_file
 from torch import nn
 
+from hf_reg.checkpoints.block import BLOCK, block_of
 from hf_reg.files import replacing
 
 from .balora import BALoraConfig
@@ -24,7 +25,10 @@ from .linear import SvdLinear
 from .sorsa import SorsaConfig
 
 
-__all__ = ["CONFIGS", "layers_of", "plain_config", "plain_state_dict", "read_config", "restore", "write_factors"]
+__all__ = [
+    "CONFIGS", "holds_svd_adapter", "layers_of", "plain_config", "plain_state_dict", "read_config", "restore",
+    "write_factors", "write_settings",
+]  # fmt: skip
 
 SETTINGS, FACTORS = "hf_reg.json", "hf_reg.safetensors"
 CONFIGS: dict[str, type[SvdAdapterConfig]] = {cls.METHOD: cls for cls in (SorsaConfig, BALoraConfig)}
@@ -70,8 +74,6 @@ def write_factors(
     model: nn.Module, adapter_name: str, config: SvdAdapterConfig, state: Mapping[str, Any], folder: Path
 ) -> None:
     """`hf_reg.json`, the settings, and `hf_reg.safetensors`, the factors as they are and as they started."""
-    from hf_reg import __version__
-
     tensors = {}
     for path, layer in layers_of(model, adapter_name):
         start = layer.start_of(adapter_name)
@@ -80,12 +82,30 @@ def write_factors(
         for name, tensor in own.items():
             tensors[f"{path}.{name}"] = tensor.detach().cpu().contiguous()
             tensors[f"{path}.start.{name}"] = first[name].detach().cpu().contiguous()
-    settings = {"hf_reg_version": __version__, "method": config.METHOD, "settings": config.settings()}
-    text = json.dumps(settings, indent=2, sort_keys=True)
     with replacing(folder / FACTORS) as unfinished:
         save_file(tensors, unfinished, metadata={"format": "pt"})
+    write_settings(model, folder, method=config.METHOD, settings=config.settings())
+
+
+def write_settings(model: Any, folder: Path, **settings: Any) -> None:
+    """`hf_reg.json`: `settings`, and what else regularized the model, if anything did."""
+    from hf_reg import __version__
+
+    block = block_of(model.get_base_model())
+    found = {"hf_reg_version": __version__} | settings | ({} if block is None else {BLOCK: block})
     with replacing(folder / SETTINGS) as unfinished:
-        unfinished.write_text(text + "\n")
+        unfinished.write_text(json.dumps(found, indent=2, sort_keys=True) + "\n")
+
+
+def holds_svd_adapter(folder: str | os.PathLike[str]) -> bool:
+    """Whether `folder` holds a SORSA or BA-LoRA adapter; beside a plain one hf_reg.json names the training alone."""
+    path = Path(folder) / SETTINGS
+    if not path.is_file():
+        return False
+    try:
+        return set(json.loads(path.read_text())) != {"hf_reg_version", BLOCK}
+    except (ValueError, TypeError):
+        return True  # reading it says what is wrong
 
 
 def read_config(folder: str | os.PathLike[str]) -> SvdAdapterConfig:
@@ -95,7 +115,7 @@ def read_config(folder: str | os.PathLike[str]) -> SvdAdapterConfig:
         `ValueError`: if the folder holds none, or one that this version does not know.
     """
     path = Path(folder) / SETTINGS
-    if not path.is_file():
+    if not holds_svd_adapter(folder):
         raise ValueError(
             f"{folder} holds no {SETTINGS}: expected a folder that save_pretrained of a SORSA or BA-LoRA model wrote. "
             "Plain adapters load with peft.PeftModel.from_pretrained."

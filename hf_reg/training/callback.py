@@ -8,6 +8,7 @@ from typing import TYPE_CHECKING, Any
 from safetensors.torch import load_file, save_file
 from transformers import TrainerCallback
 
+from ..checkpoints.block import note_training
 from ..distributed import data_parallel, seed_rank
 from .adapter_losses import adapters_in_training, after_optimizer
 from .terms import Terms
@@ -37,6 +38,7 @@ class RegularizationCallback(TrainerCallback):
                     f"Adapter {name!r} takes a step of its own after the optimizer's (orthonormality='decoupled'), "
                     "which DeepSpeed's copies of the weights would undo. Set orthonormality='coupled', or use FSDP2."
                 )
+        note_training(self.trainer.bare_model, self.trainer._own_penalties, args.seed)  # of a new trial, too
         seed_rank(args.seed, data_parallel(self.trainer.accelerator)[0])
 
     def on_optimizer_step(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
