@@ -8,6 +8,7 @@ if TYPE_CHECKING:
     from .adapters import BALoraConfig, SorsaConfig, get_regularized_peft_model
     from .description import describe
     from .dropout import set_dropout
+    from .hub import push_to_hub
     from .losses import rpo_loss
     from .overfit import diagnose
     from .patching import patch_model, patched, unpatch_model
@@ -31,6 +32,7 @@ _HOME = {
     "RPOConfig": "rpo_trainer",
     "RPOTrainer": "rpo_trainer",
     "patched": "patching",
+    "push_to_hub": "hub",
     "unpatch_model": "patching",
     "RegularizedTrainer": "trainer",
     "RegularizerMixin": "trainer",
@@ -39,7 +41,7 @@ _HOME = {
 __all__ = [
     "BALoraConfig", "RPOConfig", "RPOTrainer", "RegularizedTrainer", "RegularizedTrainingArguments",
     "RegularizerMixin", "SorsaConfig", "describe", "diagnose", "early_stopping", "get_regularized_peft_model",
-    "patch_model", "patched", "rpo_loss", "set_dropout", "unpatch_model",
+    "patch_model", "patched", "push_to_hub", "rpo_loss", "set_dropout", "unpatch_model",
 ]  # fmt: skip
 
 
