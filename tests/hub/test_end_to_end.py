@@ -60,13 +60,16 @@ def test_there_and_back(hub: HubServer, tmp_path: Path) -> None:
     assert sorsa.peft_config["default"] is config and config.base_model_name_or_path == before
     assert b"alice/base" in hub.files("alice/sorsa")["adapter_config.json"]
     assert "hf_reg.safetensors" in hub.files("alice/sorsa")
-    assert hub.files("alice/sorsa")["README.md"].endswith(b"# Card\n")  # ours, not PEFT's
+    assert hub.files("alice/sorsa")["README.md"] == hub.files("alice/bert")["README.md"]  # ours, nothing of PEFT's
     expected["adapter:alice/base+alice/sorsa"] = logits(sorsa, some)
 
     made = trainer(tmp_path / "rpo", max_steps=2)
     made.train()
     push_to_hub(llama(), "alice/policy-base")
+    own = made.model.peft_config["default"]
+    own.base_model_name_or_path, made.model.get_base_model().name_or_path = None, str(tmp_path / "base")
     push_to_hub(made, "alice/rpo", base_model="alice/policy-base")
+    assert own.base_model_name_or_path is None  # which PEFT fills in when it saves
     ids = tokenizer()("what is it", return_tensors="pt")["input_ids"]
     expected["preferences:alice/policy-base+alice/rpo"] = logits(made.model, ids)
 
