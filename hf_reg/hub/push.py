@@ -138,7 +138,7 @@ def verify(folder: Path, model: Any) -> None:
     Raises:
         `ValueError`: with what is wrong with the checkpoint in `folder`.
     """
-    from ..checkpoints import verify_checkpoint
+    from hf_reg import verify_checkpoint
 
     result = verify_checkpoint(folder, model=model)
     if not result.passed:

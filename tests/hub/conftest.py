@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import json
-import sys
 import time
 from collections.abc import Iterator
 from pathlib import Path
@@ -43,9 +42,7 @@ def talk_to(url: str, monkeypatch: pytest.MonkeyPatch) -> None:
 
 @pytest.fixture(autouse=True)
 def verification_and_cards(monkeypatch: pytest.MonkeyPatch) -> None:
-    stubs.calls.clear()
-    for name, module in stubs.modules().items():
-        monkeypatch.setitem(sys.modules, name, module)
+    stubs.install(monkeypatch)
 
 
 @pytest.fixture

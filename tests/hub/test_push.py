@@ -6,11 +6,12 @@ import json
 import logging
 import sys
 from pathlib import Path
-from types import SimpleNamespace
+from types import ModuleType, SimpleNamespace
 from typing import Any
 
 import pytest
 
+import hf_reg
 from hf_reg import push_to_hub
 from hf_reg.hub import push
 
@@ -20,6 +21,7 @@ from .server import HubServer
 
 
 REPO = "alice/model"
+VERIFY, MAKE_CARD = push.verify, push.make_card  # which the other tests do without
 
 
 def contents(folder: Path) -> dict[str, bytes]:
@@ -111,18 +113,41 @@ def test_no_checkpoint(hub: HubServer, tmp_path: Path, folder: Path) -> None:
 
 
 def test_a_failed_verification(hub: HubServer, folder: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    found = SimpleNamespace(passed=False, problems=["weight0 is missing", "logits differ by 3"])
-    monkeypatch.setattr(sys.modules["hf_reg.checkpoints"], "verify_checkpoint", lambda path, model=None: found)
+    seen: list[Any] = []
+
+    def verify_checkpoint(path: Path, *, model: Any = None) -> SimpleNamespace:
+        seen.append((sorted(contents(path)), model))
+        return SimpleNamespace(passed=False, problems=["weight0 is missing", "logits differ by 3"])
+
+    monkeypatch.setattr(push, "verify", VERIFY)
+    monkeypatch.setattr(hf_reg, "verify_checkpoint", verify_checkpoint, raising=False)
+    (folder / "training_args.bin").write_bytes(b"a pickle that is not sent")
     with pytest.raises(ValueError, match="weight0 is missing; logits differ by 3"):
         push_to_hub(folder, REPO)
+    assert seen == [(["config.json", "model.safetensors"], None)]
     assert not hub.requests
 
 
-def test_a_card_that_the_hub_would_refuse(hub: HubServer, folder: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(sys.modules["hf_reg.cards"], "check_metadata", lambda text: ["license: 3 is no licence"])
+def test_a_card_with_all_that_belongs_to_it(hub: HubServer, folder: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    problems: list[str] = []
+    cards = ModuleType("hf_reg.cards")
+
+    def write_card(folder: Path, source: Any = None, **facts: Any) -> Path:
+        assert facts == {"repo_id": REPO}
+        (folder / "learning_curve.png").write_bytes(b"png")
+        stubs.make_card(folder, source)
+        return folder / "README.md"
+
+    vars(cards).update(write_card=write_card, check_metadata=lambda text: problems)
+    monkeypatch.setitem(sys.modules, "hf_reg.cards", cards)
+    monkeypatch.setattr(push, "make_card", MAKE_CARD)
+    problems.append("license: 3 is no licence")
     with pytest.raises(ValueError, match="license: 3"):
         push_to_hub(folder, REPO)
     assert not writes(hub)
+    problems.clear()
+    push_to_hub(folder, REPO)
+    assert {"README.md", "learning_curve.png"} <= set(hub.files(REPO))
 
 
 def test_what_others_wrote_in_the_card_is_kept(hub: HubServer, folder: Path) -> None:
@@ -197,6 +222,4 @@ def test_a_token_in_a_file(hub: HubServer, folder: Path, secret: str) -> None:
 
 
 def test_public_name() -> None:
-    import hf_reg
-
     assert hf_reg.push_to_hub is push.push_to_hub and "push_to_hub" in hf_reg.__all__
