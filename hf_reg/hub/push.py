@@ -110,9 +110,11 @@ def _staged(folder: Path, model: Any, staged: Path, base_model: str | None) -> l
     files, left_out = select(folder)
     if left_out:
         say(f"Not pushed: {', '.join(left_out)}.")
-    stage(folder, files, staged)
-    verify(staged, model)
+    stage(folder, set(files) - {CARD}, staged)  # the card is updated, then checked
+    name_base(staged, files, base_model, where_none=True)
+    verify(staged, model)  # on the base that it was trained on, wherever that is
     name_base(staged, files, base_model)
+    stage(folder, set(files) & {CARD}, staged)
     return files
 
 

@@ -111,8 +111,8 @@ def _is_local(name: str | None) -> bool:
     return False
 
 
-def name_base(staged: Path, files: Iterable[str], base_model: str | None) -> None:
-    """Name `base_model` as the base of every adapter.
+def name_base(staged: Path, files: Iterable[str], base_model: str | None, *, where_none: bool = False) -> None:
+    """Name `base_model` as the base of every adapter, or of those only that name none.
 
     Raises:
         `ValueError`: without `base_model`, for an adapter whose base is a path of this machine.
@@ -127,7 +127,7 @@ def name_base(staged: Path, files: Iterable[str], base_model: str | None) -> Non
                 f"The base of the adapter is {found!r} in {path}: expected a model of the Hub, or nobody else can "
                 'load the adapter. Pass base_model="namespace/name".'
             )
-        if base_model is not None:
+        if base_model is not None and not (found and where_none):
             config["base_model_name_or_path"] = base_model
             text = json.dumps(config, indent=2, sort_keys=True, ensure_ascii=False)
             (staged / path).write_text(text + "\n", encoding="utf-8")

@@ -207,6 +207,24 @@ def test_a_base_of_this_machine(
     assert stubs.calls[-1][0] == "card" and stubs.calls[-1][3] == {"repo_id": REPO, "base_model": "alice/base"}
 
 
+@pytest.mark.parametrize(("base", "verified"), [("", "alice/base"), ("/somewhere", "/somewhere")])
+def test_the_base_that_is_verified_on(
+    hub: HubServer, tmp_path: Path, base: str, verified: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    seen: list[Any] = []
+
+    def verify(folder: Path, model: Any) -> None:
+        files = contents(folder)
+        seen.append(("README.md" in files, json.loads(files["adapter_config.json"])["base_model_name_or_path"]))
+
+    monkeypatch.setattr(push, "verify", verify)
+    folder = adapter(tmp_path / "adapter", base)
+    (folder / "README.md").write_text("---\nbase_model: ''\n---\nOf PEFT.\n")
+    push_to_hub(folder, REPO, base_model="alice/base")
+    assert seen == [(False, verified)] and b"Of PEFT." in hub.files(REPO)["README.md"]
+    assert json.loads(hub.files(REPO)["adapter_config.json"])["base_model_name_or_path"] == "alice/base"
+
+
 def test_a_base_of_the_hub_stays(hub: HubServer, tmp_path: Path) -> None:
     folder = adapter(tmp_path / "adapter", "alice/base")
     push_to_hub(folder, REPO)
