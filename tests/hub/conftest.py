@@ -18,12 +18,11 @@ from .server import HubServer
 
 TOKEN = "hf_" + "AliceMayWrite" * 3
 READER = "hf_" + "ReaderMayNot" * 3
-loopback.only_loopback()
 
 
 @pytest.fixture
 def hub(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> Iterator[HubServer]:
-    with HubServer({TOKEN: "alice", READER: "reader"}, readers=("reader",)) as server:
+    with loopback.only_loopback(), HubServer({TOKEN: "alice", READER: "reader"}, ("reader",)) as server:
         talk_to(server.url, monkeypatch)
         monkeypatch.setattr(constants, "HF_HUB_CACHE", str(tmp_path / "cache"))
         yield server

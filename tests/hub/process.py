@@ -41,13 +41,15 @@ def read(target: str, *wanted: str) -> None:
 
 
 def together(target: str, folder: str, missing: str) -> None:
-    """Several processes push; each notes what it got: a result, a ValueError and a PushError."""
-    from hf_reg import push_to_hub
+    """Several processes push a trainer and more; each notes what it got: a result, a ValueError and a PushError."""
+    from hf_reg import RegularizedTrainer, RegularizedTrainingArguments, push_to_hub
     from hf_reg.hub import PushError
 
-    torch.distributed.init_process_group("gloo")
+    from ..adapters.models import build
+
+    arguments = RegularizedTrainingArguments(f"{target}/run", use_cpu=True, report_to="none")
     rank = torch.distributed.get_rank()
-    info = push_to_hub(folder, "alice/together")
+    info = push_to_hub(RegularizedTrainer(model=build("bert"), args=arguments), "alice/together")
     got: list[Any] = [info.oid, info.commit_url]
     for source, repo in ((missing, "alice/other"), (folder, "bob/not-mine")):
         try:
@@ -58,11 +60,11 @@ def together(target: str, folder: str, missing: str) -> None:
 
 
 if __name__ == "__main__":
-    loopback.only_loopback()
     what, *arguments = sys.argv[1:]
     if what != "read":
         from . import stubs
 
         stubs.install(pytest.MonkeyPatch())
-    {"push": push, "read": read, "together": together}[what](*arguments)
+    with loopback.only_loopback():
+        {"push": push, "read": read, "together": together}[what](*arguments)
     assert loopback.contacted <= set(loopback.LOCAL)

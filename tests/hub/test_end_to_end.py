@@ -125,4 +125,5 @@ def test_two_processes_push_once(hub: HubServer, folder: Path, tmp_path: Path) -
     assert hub.repositories["alice/together"].branches["main"] == oid and url.endswith(oid)
     assert missing[0] == "ValueError" and "no folder" in missing[1]
     assert forbidden[0] == "PushError" and forbidden[2] == 403
+    assert len(hub.files("alice/together")["model.safetensors"]) > 100_000
     assert hub.counted("POST", "/commit/") == 1 and hub.counted("POST", "/repos/create") == 2

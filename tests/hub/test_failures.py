@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import logging
+import socket
 import threading
 from pathlib import Path
 from typing import Any
@@ -13,6 +14,7 @@ from huggingface_hub import constants
 from hf_reg import push_to_hub
 from hf_reg.hub import PushError, repository
 
+from . import loopback
 from .conftest import READER, TOKEN, checkpoint, talk_to
 from .server import HubServer
 from .test_push import REPO
@@ -92,7 +94,7 @@ def test_without_a_token(hub: HubServer, folder: Path, monkeypatch: pytest.Monke
         assert error.value.status == 401
 
 
-def test_no_network(folder: Path, monkeypatch: pytest.MonkeyPatch, pauses: list[float]) -> None:
+def test_no_network(hub: HubServer, folder: Path, monkeypatch: pytest.MonkeyPatch, pauses: list[float]) -> None:
     talk_to("http://127.0.0.1:9", monkeypatch)
     with pytest.raises(PushError, match=r"no connection to http://127.0.0.1:9 .*refused.*proxy"):
         push_to_hub(folder, REPO)
@@ -191,3 +193,9 @@ def test_the_token_is_nowhere(hub: HubServer, folder: Path, caplog: Any, capfd: 
         assert TOKEN.encode() not in request.path.encode() + request.body
     for path in tmp_path.rglob("*"):
         assert not path.is_file() or TOKEN.encode() not in path.read_bytes()
+
+
+def test_the_guard_guards(hub: HubServer) -> None:
+    with pytest.raises(AssertionError, match="not on this machine"):
+        socket.create_connection(("192.0.2.1", 80), timeout=0.1)
+    loopback.contacted.discard("192.0.2.1")
