@@ -10,6 +10,7 @@ if TYPE_CHECKING:
     from .checkpoints.verification import verify_checkpoint
     from .description import describe
     from .dropout import set_dropout
+    from .hub import push_to_hub
     from .losses import rpo_loss
     from .overfit import diagnose
     from .patching import patch_model, patched, unpatch_model
@@ -34,6 +35,7 @@ _HOME = {
     "RPOConfig": "rpo_trainer",
     "RPOTrainer": "rpo_trainer",
     "patched": "patching",
+    "push_to_hub": "hub",
     "unpatch_model": "patching",
     "verify_checkpoint": "checkpoints.verification",
     "RegularizedTrainer": "trainer",
@@ -43,7 +45,7 @@ _HOME = {
 __all__ = [
     "BALoraConfig", "RPOConfig", "RPOTrainer", "RegularizedTrainer", "RegularizedTrainingArguments",
     "RegularizerMixin", "SorsaConfig", "describe", "diagnose", "early_stopping", "get_regularized_peft_model",
-    "load_regularized", "patch_model", "patched", "rpo_loss", "set_dropout", "unpatch_model", "verify_checkpoint",
+    "load_regularized", "patch_model", "patched", "push_to_hub", "rpo_loss", "set_dropout", "unpatch_model", "verify_checkpoint",
 ]  # fmt: skip
 
 

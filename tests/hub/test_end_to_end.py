@@ -1,0 +1,129 @@
+"""From a trained model to the Hub and back: other processes, stock classes, an empty cache."""
+
+from __future__ import annotations
+
+import os
+import signal
+import subprocess
+import sys
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+
+from hf_reg import RegularizedTrainer, RegularizedTrainingArguments, patch_model, push_to_hub
+
+from ..adapters import models
+from ..distributed.launch import ROOT, environment, launch, run
+from ..preferences.models import llama, trainer
+from ..preferences.words import tokenizer
+from . import loopback, stubs
+from .conftest import TOKEN
+from .server import HubServer
+
+
+def read(hub: HubServer, folder: Path, *wanted: str) -> dict[str, torch.Tensor]:
+    """The logits of what another process loads, `kind:repo`."""
+    folder.mkdir()
+    target = str(folder / "logits.pt")
+    done = run(["tests.hub.process", "read", target, *wanted], **hub.environment(folder / "home", TOKEN))
+    assert done.returncode == 0, done.stdout[-2000:] + done.stderr[-4000:]
+    return torch.load(target)
+
+
+def logits(model: Any, ids: torch.Tensor) -> torch.Tensor:
+    with torch.no_grad():
+        return model.eval()(input_ids=ids).logits
+
+
+def test_there_and_back(hub: HubServer, tmp_path: Path) -> None:
+    expected = {}
+    some = torch.arange(1, 8)[None]
+
+    bert = patch_model(models.build("bert"), "tlm")
+    arguments = RegularizedTrainingArguments(
+        str(tmp_path / "run"), hub_token=TOKEN, push_to_hub=True, hub_model_id="alice/by-itself", use_cpu=True,
+        report_to="none", disable_tqdm=True,
+    )  # fmt: skip
+    classifier = RegularizedTrainer(model=bert, args=arguments, processing_class=tokenizer())
+    push_to_hub(classifier, "alice/bert", base_model="alice/pretrained")
+    expected["model:alice/bert"] = logits(bert, some)
+    assert "alice/by-itself" not in {name for name, made in hub.repositories.items() if len(made.commits) > 1}
+    assert stubs.calls[-2][2] is bert and stubs.calls[-1][2] is classifier
+
+    push_to_hub(models.build(), "alice/base")
+    sorsa = models.train(models.adapted("sorsa"))
+    config = sorsa.peft_config["default"]
+    before = config.base_model_name_or_path
+    push_to_hub(sorsa, "alice/sorsa", base_model="alice/base")
+    assert sorsa.peft_config["default"] is config and config.base_model_name_or_path == before
+    assert b"alice/base" in hub.files("alice/sorsa")["adapter_config.json"]
+    assert "hf_reg.safetensors" in hub.files("alice/sorsa")
+    assert hub.files("alice/sorsa")["README.md"] == hub.files("alice/bert")["README.md"]  # ours, nothing of PEFT's
+    expected["adapter:alice/base+alice/sorsa"] = logits(sorsa, some)
+
+    made = trainer(tmp_path / "rpo", max_steps=2)
+    made.train()
+    push_to_hub(llama(), "alice/policy-base")
+    own = made.model.peft_config["default"]
+    own.base_model_name_or_path, made.model.get_base_model().name_or_path = None, str(tmp_path / "base")
+    push_to_hub(made, "alice/rpo", base_model="alice/policy-base")
+    assert own.base_model_name_or_path is None  # which PEFT fills in when it saves
+    ids = tokenizer()("what is it", return_tensors="pt")["input_ids"]
+    expected["preferences:alice/policy-base+alice/rpo"] = logits(made.model, ids)
+
+    for repo in ("alice/bert", "alice/rpo"):
+        assert {"tokenizer.json", "chat_template.jinja"} <= set(hub.files(repo))
+        assert not any(name.endswith((".bin", ".pt", ".pth")) for name in hub.files(repo))
+    for request in hub.requests:
+        assert TOKEN.encode() not in request.path.encode() + request.body
+    found = read(hub, tmp_path / "reader", *expected)
+    assert found.keys() == expected.keys()
+    for name, value in expected.items():
+        torch.testing.assert_close(found[name], value, rtol=1e-5, atol=1e-5, msg=name)
+    assert loopback.contacted <= set(loopback.LOCAL)
+
+
+def test_a_push_that_is_killed(hub: HubServer, tmp_path: Path) -> None:
+    old, new = models.build("bert"), models.build("bert")
+    push_to_hub(old, "alice/bert")
+    with torch.no_grad():
+        for parameter in new.parameters():
+            parameter.add_(0.1)
+    new.save_pretrained(tmp_path / "new", max_shard_size="20KB")
+    assert len(list((tmp_path / "new").glob("*.safetensors"))) > 2
+    before = dict(hub.repositories["alice/bert"].branches)
+    held = hub.fail("PUT", "/large/", "hold", skip=1)
+    settings = environment(**hub.environment(tmp_path / "home", TOKEN))
+    command = [sys.executable, "-m", "tests.hub.process", "push", str(tmp_path / "new"), "alice/bert"]
+    pusher = subprocess.Popen(command, env=settings, cwd=ROOT, stderr=subprocess.PIPE)
+    try:
+        assert held.reached.wait(120)
+    finally:
+        os.kill(pusher.pid, signal.SIGKILL)
+        pusher.communicate()
+    held.release.set()
+    assert hub.counted("PUT", "/large/") >= 3 and hub.repositories["alice/bert"].branches == before
+    found = read(hub, tmp_path / "reader", "model:alice/bert")
+    ids = torch.arange(1, 8)[None]
+    torch.testing.assert_close(found["model:alice/bert"], logits(old, ids), rtol=1e-5, atol=1e-5)
+    arrived = len(hub.large)
+    hub.requests.clear()
+    push_to_hub(tmp_path / "new", "alice/bert")
+    assert hub.counted("PUT", "/large/") == len(hub.large) - arrived  # what the dead one sent is not sent again
+    assert hub.repositories["alice/bert"].branches != before
+
+
+@pytest.mark.distributed
+def test_two_processes_push_once(hub: HubServer, folder: Path, tmp_path: Path) -> None:
+    arguments = ["together", str(tmp_path), str(folder), str(tmp_path / "nothing")]
+    launch("tests.hub.process", *arguments, **hub.environment(tmp_path / "home", TOKEN))
+    first, second = (torch.load(tmp_path / f"{rank}.pt") for rank in (0, 1))
+    assert first == second
+    oid, url, missing, forbidden = first
+    assert hub.repositories["alice/together"].branches["main"] == oid and url.endswith(oid)
+    assert missing[0] == "ValueError" and "no folder" in missing[1]
+    assert forbidden[0] == "PushError" and forbidden[2] == 403
+    assert len(hub.files("alice/together")["model.safetensors"]) > 100_000
+    assert hub.counted("POST", "/commit/") == 1 and hub.counted("POST", "/repos/create") == 2
