@@ -2,21 +2,28 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
+from copy import copy
 from typing import Any
 
 from .errors import RunError, refused_as_run
 from .recipe import Model
 
 
-__all__ = ["check_length", "load_model", "load_tokenizer", "with_adapter"]
+__all__ = [
+    "check_length", "class_config", "load_fast_tokenizer", "load_model", "load_tokenizer", "load_word_tokenizer",
+    "with_adapter",
+]  # fmt: skip
+
+HEADS = {"TOKEN_CLS": ("classifier", "score"), "QUESTION_ANS": ("qa_outputs",)}  # of peft's task types
 
 
-def load_tokenizer(model: Model) -> Any:
+def load_tokenizer(model: Model, **settings: Any) -> Any:
     """The model's tokenizer; one without a padding token pads with the token that ends texts, which masks hide."""
     from transformers import AutoTokenizer
 
     with refused_as_run(f"the tokenizer of {model.name} cannot be loaded"):
-        tokenizer = AutoTokenizer.from_pretrained(model.place, revision=model.revision or "main")
+        tokenizer = AutoTokenizer.from_pretrained(model.place, revision=model.revision or "main", **settings)
     if tokenizer.pad_token is None:
         if tokenizer.eos_token is None:
             raise RunError(
@@ -24,6 +31,29 @@ def load_tokenizer(model: Model) -> Any:
             )
         tokenizer.pad_token = tokenizer.eos_token
     return tokenizer
+
+
+def load_fast_tokenizer(model: Model) -> Any:
+    """The same, if it says of its pieces where in the text they are; else a [`RunError`]."""
+    tokenizer = load_tokenizer(model)
+    if not tokenizer.is_fast:
+        raise RunError(
+            f"the tokenizer of {model.name} does not say where its pieces are. Give a model with a fast one."
+        )
+    return tokenizer
+
+
+def load_word_tokenizer(model: Model) -> Any:
+    """The same for texts that are split into words: one whose pieces begin with a space puts it before every word."""
+    tokenizer = load_fast_tokenizer(model)
+    if getattr(tokenizer, "add_prefix_space", None) is False and _begins_with_space(tokenizer):
+        return load_tokenizer(model, add_prefix_space=True)
+    return tokenizer
+
+
+def _begins_with_space(tokenizer: Any) -> bool:
+    """Whether pieces at the beginning of a word carry the space before it, as those of GPT-2 do."""
+    return tokenizer.tokenize("a a")[-1] not in ("a", "##a")
 
 
 def load_model(auto: Any, model: Model, whole: bool, **settings: Any) -> Any:
@@ -39,9 +69,16 @@ def load_model(auto: Any, model: Model, whole: bool, **settings: Any) -> Any:
 
 
 def with_adapter(model: Any, config: Any) -> Any:
-    """The model with the adapter of a PEFT configuration, or as it is where there is none."""
+    """The model with the adapter of a PEFT configuration, or as it is where there is none.
+
+    A head that PEFT trains whole is left out of "all-linear", where it would be a second time. (PEFT does so by itself
+    for sequence classification.)
+    """
     if config is None:
         return model
+    if config.target_modules == "all-linear" and config.exclude_modules is None and config.task_type in HEADS:
+        config = copy(config)
+        config.exclude_modules = list(HEADS[config.task_type])
     from peft import get_peft_model
 
     from ..adapters import get_regularized_peft_model
@@ -58,3 +95,18 @@ def check_length(max_tokens: int, tokenizer: Any, model: Any) -> None:
     most = min(limit for limit in (tokenizer.model_max_length, positions or max_tokens) if limit)
     if max_tokens > most:
         raise RunError(f"data.max_tokens: {max_tokens} tokens are more than the model takes. Give {most} or fewer.")
+
+
+def class_config(model: Model, labels: Sequence[Any], names: Sequence[str] | None) -> tuple[Any, dict[Any, int]]:
+    """The model's configuration with these classes, and the id of each label; a model that knows classes of these
+    names keeps its ids, since its head was trained with them."""
+    from transformers import AutoConfig
+
+    with refused_as_run(f"model {model.name} cannot be loaded"):
+        config = AutoConfig.from_pretrained(model.place, revision=model.revision or "main")
+    said = names or [str(label) for label in labels]
+    known = dict(config.label2id or {})
+    order = {name: known[name] for name in said} if set(known) == set(said) else {n: i for i, n in enumerate(said)}
+    config.id2label = {index: name for name, index in sorted(order.items(), key=lambda item: item[1])}
+    config.label2id, config.problem_type = order, "single_label_classification"
+    return config, {label: order[name] for label, name in zip(labels, said, strict=True)}
