@@ -18,6 +18,7 @@ import torch
 from datasets import ClassLabel, Dataset, Features, Sequence, Value
 from peft import LoraConfig, get_peft_model
 from safetensors.torch import load_file
+from tokenizers import Tokenizer, models, pre_tokenizers
 from transformers import (
     AutoModelForQuestionAnswering,
     AutoModelForSeq2SeqLM,
@@ -26,11 +27,13 @@ from transformers import (
     DataCollatorForSeq2Seq,
     DataCollatorForTokenClassification,
     DataCollatorWithPadding,
+    PreTrainedTokenizerFast,
     set_seed,
 )
 
 from hf_reg import RegularizedTrainer, RegularizedTrainingArguments
 from hf_reg.runs.answers import exact_match, f1
+from hf_reg.runs.models import word_prefix
 
 from .tiny_runs import ANSWERS, CONTEXTS, ROWS, TEXTS, arguments, refused, train, trained, write
 
@@ -57,8 +60,8 @@ def tagged(tokenizer: Any) -> tuple[list[dict[str, Any]], Any, str, Any]:
     for row in ROWS["token-classification"]:
         ids, labels = [tokenizer.bos_token_id], [-100]
         for word, tag in zip(row["tokens"], row["tags"], strict=True):
-            ids += tokenizer(word, add_special_tokens=False)["input_ids"]
-            labels += [["long", "short"].index(tag)] + [-100] * (len(word) - 1)
+            ids += tokenizer(f" {word}", add_special_tokens=False)["input_ids"]
+            labels += [["long", "short"].index(tag)] + [-100] * len(word)
         rows.append({"input_ids": ids, "labels": labels})
     return rows, AutoModelForTokenClassification, "TOKEN_CLS", DataCollatorForTokenClassification(tokenizer)
 
@@ -188,6 +191,20 @@ def test_tags_and_their_names(tmp_path: Path) -> None:
     assert list(saved["id2label"].values()) == names
 
 
+def test_words_by_themselves_are_those_of_a_text() -> None:
+    vocabulary = {piece: index for index, piece in enumerate([*"<>ane", "Ġ", "Ġa", "ne"])}
+    merges = [("Ġ", "a"), ("n", "e")]
+    for own, expected in ((False, " "), (True, "")):
+        backend = Tokenizer(models.BPE(vocabulary, merges))
+        backend.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=own)
+        made = PreTrainedTokenizerFast(tokenizer_object=backend)
+        assert word_prefix(made) == expected
+        ids = made([f"{expected}a", f"{expected}ne"], is_split_into_words=True)["input_ids"]
+        assert made.convert_ids_to_tokens(ids) == ["Ġa", "Ġ", "ne"]
+    words = PreTrainedTokenizerFast(tokenizer_object=Tokenizer(models.WordLevel({"a": 0, "?": 1}, unk_token="?")))
+    assert word_prefix(words) == ""
+
+
 def test_words_that_do_not_fit_are_counted(tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
     path = write(tmp_path, "token-classification", data={"train": str(tmp_path / "rows.jsonl"), "max_tokens": 5})
     monkey = pytest.MonkeyPatch()
@@ -197,8 +214,8 @@ def test_words_that_do_not_fit_are_counted(tmp_path: Path, caplog: pytest.LogCap
         trained(path)
     finally:
         monkey.undo()
-    beyond = sum(  # a word's first character is beyond <bos> and four characters
-        sum(len(word) for word in words[:i]) >= 4 for words in map(str.split, TEXTS) for i in range(len(words))
+    beyond = sum(  # the space before a word is beyond <bos> and four characters
+        sum(len(word) + 1 for word in words[:i]) >= 4 for words in map(str.split, TEXTS) for i in range(len(words))
     )
     assert beyond and said[0].startswith(f"data.train: {beyond} words are beyond data.max_tokens (5)")
 

@@ -11,19 +11,19 @@ from .recipe import Model
 
 
 __all__ = [
-    "check_length", "class_config", "load_fast_tokenizer", "load_model", "load_tokenizer", "load_word_tokenizer",
-    "with_adapter",
+    "check_length", "class_config", "load_fast_tokenizer", "load_model", "load_tokenizer", "with_adapter",
+    "word_prefix",
 ]  # fmt: skip
 
 HEADS = {"TOKEN_CLS": ("classifier", "score"), "QUESTION_ANS": ("qa_outputs",)}  # of peft's task types
 
 
-def load_tokenizer(model: Model, **settings: Any) -> Any:
+def load_tokenizer(model: Model) -> Any:
     """The model's tokenizer; one without a padding token pads with the token that ends texts, which masks hide."""
     from transformers import AutoTokenizer
 
     with refused_as_run(f"the tokenizer of {model.name} cannot be loaded"):
-        tokenizer = AutoTokenizer.from_pretrained(model.place, revision=model.revision or "main", **settings)
+        tokenizer = AutoTokenizer.from_pretrained(model.place, revision=model.revision or "main")
     if tokenizer.pad_token is None:
         if tokenizer.eos_token is None:
             raise RunError(
@@ -43,17 +43,13 @@ def load_fast_tokenizer(model: Model) -> Any:
     return tokenizer
 
 
-def load_word_tokenizer(model: Model) -> Any:
-    """The same for texts that are split into words: one whose pieces begin with a space puts it before every word."""
-    tokenizer = load_fast_tokenizer(model)
-    if getattr(tokenizer, "add_prefix_space", None) is False and _begins_with_space(tokenizer):
-        return load_tokenizer(model, add_prefix_space=True)
-    return tokenizer
-
-
-def _begins_with_space(tokenizer: Any) -> bool:
-    """Whether pieces at the beginning of a word carry the space before it, as those of GPT-2 do."""
-    return tokenizer.tokenize("a a")[-1] not in ("a", "##a")
+def word_prefix(tokenizer: Any) -> str:
+    """What each word of a text that is split into words needs before it: a space, where the tokenizer's pieces begin
+    with one within a text (as those of GPT-2 do), but not in words by themselves."""
+    within = tokenizer.tokenize("a a")
+    apart = tokenizer.convert_ids_to_tokens(tokenizer(["a", "a"], is_split_into_words=True)["input_ids"])
+    marked = [any(piece.startswith("Ġ") for piece in pieces) for pieces in (within, apart)]
+    return " " if marked == [True, False] else ""
 
 
 def load_model(auto: Any, model: Model, whole: bool, **settings: Any) -> Any:

@@ -9,7 +9,7 @@ from typing import Any, ClassVar
 
 from ..data import TextData
 from ..errors import RunError, refused_as_run
-from ..models import check_length, class_config, load_model, load_word_tokenizer, with_adapter
+from ..models import check_length, class_config, load_fast_tokenizer, load_model, with_adapter, word_prefix
 from ..recipe import Recipe
 from ..settings import Settings
 
@@ -107,7 +107,7 @@ class TokenClassification(Recipe):
 
         data = {key: _checked(rows, key) for key, rows in data.items()}
         tags = tag_names(data)
-        tokenizer = load_word_tokenizer(self.model)
+        tokenizer = load_fast_tokenizer(self.model)
         names = getattr(_element(data["train"], "tags", "train"), "names", None)
         config, ids = class_config(self.model, tags, names)
         model = load_model(AutoModelForTokenClassification, self.model, settings.adapter is None, config=config)
@@ -122,9 +122,11 @@ class TokenClassification(Recipe):
             )  # fmt: skip
 
     def _encoded(self, args: Any, data: Mapping[str, Any], tokenizer: Any, ids: Mapping[Any, int]) -> dict[str, Any]:
+        prefix = word_prefix(tokenizer)
+
         def encode(rows: Mapping[str, list[Any]]) -> dict[str, Any]:
             given = {"truncation": True, "max_length": self.data.max_tokens, "is_split_into_words": True}
-            found = tokenizer(rows["tokens"], **given)
+            found = tokenizer([[prefix + word for word in words] for words in rows["tokens"]], **given)
             labels, lost = [], []
             for index, tags in enumerate(rows["tags"]):
                 words = found.word_ids(index)
