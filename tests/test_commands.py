@@ -309,11 +309,15 @@ def test_the_merged_model_is_the_adapted_one(tmp_path: Path, method: str, family
 def test_a_trained_run_is_merged(tmp_path: Path) -> None:
     for task in ("sequence-classification", "token-classification", "question-answering", "seq2seq"):
         (tmp_path / task).mkdir()
-        trained(write(tmp_path / task, task), "--set", "train.max_steps=1")
+        recipe = write(tmp_path / task, task)
+        if task == "sequence-classification":  # of three classes, which the base model does not know
+            rows = [{"text": "one two", "label": label} for label in "abc"]
+            (tmp_path / task / "rows.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
+        trained(recipe, "--set", "train.max_steps=1")
         found = said("merge", str(tmp_path / task / "out"), str(tmp_path / task / "merged"))
         assert found["tokenizer"] == "adapter" and found["report"]["layers"] > 0
     merged = AutoModelForSequenceClassification.from_pretrained(tmp_path / "sequence-classification" / "merged")
-    assert merged.num_labels == 2
+    assert merged.num_labels == 3
     AutoTokenizer.from_pretrained(tmp_path / "seq2seq" / "merged")
 
 

@@ -274,6 +274,16 @@ def test_no_answer_needs_the_better_score() -> None:
     assert best_answer("one two", [window, sure], no_answer=True, **how) == "one two"  # the smallest null score
     assert best_answer("one two", [window], n_best=3, longest=1, no_answer=False) == "two"
     assert best_answer("one two", [window], n_best=1, longest=5, no_answer=False) == ""
+    backwards = Window(np.array([0.0, 0.0, 5.0]), np.array([0.0, 5.0, 0.0]), offsets, 0)
+    assert best_answer("one two", [backwards], no_answer=False, **how) == "two"
+
+
+def test_answers_are_cut_at_both_ends() -> None:
+    starts = {(index, first): part for index, first, part in cut()}
+    whole = {place: ANSWERS[place[0]][1] in part for place, part in starts.items()}
+    begins = {place: CONTEXTS[place[0]].index(ANSWERS[place[0]][1]) for place in starts}
+    assert any(not whole[one] and one[1] <= begins[one] < one[1] + len(starts[one]) for one in starts)  # its end
+    assert any(not whole[one] and begins[one] < one[1] < begins[one] + len(ANSWERS[one[0]][1]) for one in starts)
 
 
 # ---- generated texts

@@ -29,7 +29,7 @@ TEXTS = [
 ]
 LABELS = ["toy", "air", "toy", "air", "toy", "toy", "air", "air"]
 CONTEXTS = ["the red ball is in the stone house on the high hill", "a blue sky", "one two three and then one more"]
-ANSWERS = [("where", "stone house"), ("who", "blue"), ("what", "two three")]
+ANSWERS = [("where", "stone house"), ("who", "blue"), ("what", "then")]
 ROWS: dict[str, list[dict[str, Any]]] = {
     "preference": PLAIN,
     "causal-lm": [{"text": text} for text in TEXTS],
