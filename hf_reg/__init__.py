@@ -45,7 +45,8 @@ _HOME = {
 __all__ = [
     "BALoraConfig", "RPOConfig", "RPOTrainer", "RegularizedTrainer", "RegularizedTrainingArguments",
     "RegularizerMixin", "SorsaConfig", "describe", "diagnose", "early_stopping", "get_regularized_peft_model",
-    "load_regularized", "patch_model", "patched", "push_to_hub", "rpo_loss", "set_dropout", "unpatch_model", "verify_checkpoint",
+    "load_regularized", "patch_model", "patched", "push_to_hub", "rpo_loss", "set_dropout", "unpatch_model",
+    "verify_checkpoint",
 ]  # fmt: skip
 
 

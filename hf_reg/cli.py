@@ -1,17 +1,13 @@
-"""The command line: `hf-reg train`, `hf-reg demo`, `hf-reg methods`."""
+"""The command line: `hf-reg train`, `methods`, `inspect`, `merge`, `demo`."""
 
 from __future__ import annotations
 
-import inspect
 import json
-from dataclasses import MISSING, fields
 from pathlib import Path
 from typing import Annotated, Any
 
 import typer
-from rich import box
 from rich.console import Console
-from rich.table import Table
 
 from .tables import terminal
 
@@ -25,6 +21,9 @@ app = typer.Typer(
     no_args_is_help=True,
     pretty_exceptions_enable=False,
 )
+
+
+JSON = Annotated[bool, typer.Option("--json", help="For machines: JSON on standard output.")]
 
 
 @app.callback()
@@ -73,36 +72,64 @@ def train(
         train_from(recipe, changes or (), check=check, resume=resume)
 
 
-def _summary(patch: Any) -> str:
-    """The first paragraph of the docstring, on one line."""
-    return " ".join((inspect.getdoc(patch) or "").partition("\n\n")[0].split())
+@app.command()
+def methods(
+    name: Annotated[str | None, typer.Argument(help="One of them, in full: tlm.")] = None,
+    as_json: JSON = False,
+) -> None:
+    """List the methods, with their settings and defaults; or show one: definition, source, cost, example."""
+    from .commands.methods import find_method, known_methods, methods_table
+    from .runs.errors import user_errors
+
+    with user_errors("hf-reg methods"):
+        if name is not None:
+            one = find_method(name)
+            _show(one, one.as_json() if as_json else None)
+        else:
+            listed = [method.in_short() for method in known_methods()] if as_json else None
+            _show(None if as_json else methods_table(), listed)
 
 
-def _defaults(patch: Any) -> dict[str, Any]:
-    """The settings of a `Patch` class and their defaults, those of the method itself first."""
-    own = [f for f in fields(patch) if f.init and not f.kw_only]
-    return {
-        f.name: f.default_factory() if f.default_factory is not MISSING else f.default
-        for f in (*own, *(f for f in fields(patch) if f.init and f.kw_only))
-    }
+@app.command(name="inspect")
+def inspect_(
+    model: Annotated[str, typer.Argument(help="A folder, or a name on the Hub; only its configuration is read.")],
+    revision: Annotated[str | None, typer.Option(help="Branch, tag or commit on the Hub.")] = None,
+    as_json: JSON = False,
+) -> None:
+    """Show which modules of a model each method would patch, and what is out of reach. Reads no weights."""
+    from .runs.errors import user_errors
+
+    with user_errors(f"hf-reg inspect {model}"):
+        from .commands.inspection import inspect_model
+
+        found = inspect_model(model, revision)
+        _show(found, found.as_json() if as_json else None)
 
 
 @app.command()
-def methods(
-    as_json: Annotated[bool, typer.Option("--json", help="For machines: one JSON array.")] = False,
+def merge(
+    adapter: Annotated[Path, typer.Argument(help="A folder with adapter_config.json.")],
+    output: Annotated[Path, typer.Argument(help="The folder for the merged model; empty, or not there.")],
+    base: Annotated[str | None, typer.Option(help="The base model, if not the one that the adapter names.")] = None,
+    force: Annotated[bool, typer.Option("--force", help="Replace a model that is in OUTPUT.")] = False,
+    as_json: JSON = False,
 ) -> None:
-    """List the methods that `patch_model` knows by name, with their settings and defaults."""
-    from .patches import PATCHES
+    """Merge an adapter into its base model in fp32, save a stock model, and say how far the logits moved."""
+    from .runs.errors import user_errors
 
-    rows = [(name, _summary(patch), _defaults(patch)) for name, patch in PATCHES.items()]
-    if as_json:
-        keys = ("name", "description", "settings")
-        typer.echo(json.dumps([dict(zip(keys, row, strict=True)) for row in rows], indent=1, default=repr))
-        return
-    table = Table("name", "what it does", "settings and defaults", box=box.SIMPLE_HEAD, pad_edge=False)
-    for name, description, settings in rows:
-        table.add_row(name, description, ", ".join(f"{key}={value!r}" for key, value in settings.items()))
-    terminal().print(table)
+    with user_errors(f"hf-reg merge {adapter}"):
+        from .commands.merging import merge_folder
+
+        done = merge_folder(adapter, output, base, force=force)
+        _show(done, done.as_json() if as_json else None)
+
+
+def _show(found: Any, plain: Any) -> None:
+    """Tables for people, or, where `plain` is given, JSON for machines."""
+    if plain is not None:
+        typer.echo(json.dumps(plain, indent=1, default=repr))
+    else:
+        terminal().print(getattr(found, "_table", lambda: found)())
 
 
 def main() -> None:

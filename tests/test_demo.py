@@ -123,18 +123,6 @@ def test_an_output_folder_that_is_a_file_is_refused(tmp_path):
     assert "choose another --output-dir" in result.output
 
 
-def test_methods_lists_every_patch():
-    from hf_reg.patches import PATCHES
-
-    rows = json.loads(CliRunner().invoke(app, ["methods", "--json"]).output)
-    assert [row["name"] for row in rows] == list(PATCHES)
-    assert all(row["description"].endswith(".") and row["settings"] for row in rows)
-    assert next(row for row in rows if row["name"] == "tlm")["settings"]["rate"] == 0.1
-    table = CliRunner().invoke(app, ["methods"])
-    assert table.exit_code == 0
-    assert all(name in table.output for name in PATCHES)
-
-
 @pytest.mark.slow
 @needs_packages
 def test_quick_demo(tmp_path):

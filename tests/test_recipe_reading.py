@@ -224,7 +224,10 @@ def test_traceback_on_demand(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) ->
 
 
 @pytest.mark.parametrize(("recipe", "task"), [("preference", "preference"), ("causal_lm", "causal-lm"),
-                                              ("classification", "sequence-classification")])  # fmt: skip
+                                              ("classification", "sequence-classification"),
+                                              ("token_classification", "token-classification"),
+                                              ("question_answering", "question-answering"),
+                                              ("seq2seq", "seq2seq")])  # fmt: skip
 def test_the_examples_are_recipes(recipe: str, task: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     text = (Path(__file__).parents[1] / "examples" / "recipes" / f"{recipe}.yaml").read_text()
     monkeypatch.chdir(tmp_path)

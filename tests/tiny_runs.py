@@ -7,7 +7,8 @@ from pathlib import Path
 from typing import Any
 
 import yaml
-from transformers import BertConfig, BertForSequenceClassification, set_seed
+from tokenizers import processors
+from transformers import BertConfig, BertForSequenceClassification, T5Config, T5ForConditionalGeneration, set_seed
 from typer.testing import CliRunner, Result
 
 from hf_reg.cli import app
@@ -27,12 +28,28 @@ TEXTS = [
     "so",
 ]
 LABELS = ["toy", "air", "toy", "air", "toy", "toy", "air", "air"]
-ROWS = {
+CONTEXTS = ["the red ball is in the stone house on the high hill", "a blue sky", "one two three and then one more"]
+ANSWERS = [("where", "stone house"), ("who", "blue"), ("what", "then")]
+ROWS: dict[str, list[dict[str, Any]]] = {
     "preference": PLAIN,
     "causal-lm": [{"text": text} for text in TEXTS],
     "sequence-classification": [{"text": t, "label": label} for t, label in zip(TEXTS, LABELS, strict=True)],
+    "token-classification": [
+        {"tokens": text.split(), "tags": ["short" if len(word) < 4 else "long" for word in text.split()]}
+        for text in TEXTS
+    ],
+    "question-answering": [
+        {"context": context, "question": asked, "answers": {"text": [text], "answer_start": [context.index(text)]}}
+        for context, (asked, text) in zip(CONTEXTS, ANSWERS, strict=True)
+    ],
+    "seq2seq": [{"source": text, "target": text[::-1]} for text in TEXTS],
 }
-TASKS = list(ROWS)
+TASKS = ["preference", "causal-lm", "sequence-classification"]
+OWN_DATA: dict[str, dict[str, Any]] = {
+    "preference": {},
+    "question-answering": {"max_tokens": 32, "stride": 6, "max_answer_tokens": 12},
+    "seq2seq": {"max_tokens": 32, "max_target_tokens": 32},
+}
 
 
 def bert() -> BertForSequenceClassification:
@@ -41,12 +58,32 @@ def bert() -> BertForSequenceClassification:
     return BertForSequenceClassification(BertConfig(vocab_size=WORDS, max_position_embeddings=64, **sizes))
 
 
+def t5() -> T5ForConditionalGeneration:
+    set_seed(0)
+    sizes = {"d_model": 32, "d_kv": 8, "d_ff": 48, "num_layers": 2, "num_heads": 4}
+    return T5ForConditionalGeneration(T5Config(vocab_size=WORDS, decoder_start_token_id=0, eos_token_id=2, **sizes))
+
+
+def pair_tokenizer() -> Any:
+    """The tokenizer, with a token between the two texts of a pair."""
+    made = tokenizer()
+    marks = {"special_tokens": [("<bos>", 1), ("<eos>", 2)]}
+    made._tokenizer.post_processor = processors.TemplateProcessing("<bos> $A", "<bos> $A <eos> $B:1", **marks)
+    return made
+
+
+def model_of(task: str) -> Any:
+    if task == "seq2seq":
+        return t5()
+    return llama() if task in ("preference", "causal-lm") else bert().bert
+
+
 def write(folder: Path, task: str, **changes: Any) -> Path:
     """A model, its data and a recipe for four steps of the whole batch; `changes` replace whole sections."""
     base, rows = folder / "base", folder / "rows.jsonl"
     if not base.exists():
-        (bert().bert if task == "sequence-classification" else llama()).save_pretrained(base)
-        tokenizer().save_pretrained(base)
+        model_of(task).save_pretrained(base)
+        (pair_tokenizer() if task == "question-answering" else tokenizer()).save_pretrained(base)
         rows.write_text("".join(json.dumps(row) + "\n" for row in ROWS[task]))
     recipe = {
         "task": task,
@@ -54,7 +91,7 @@ def write(folder: Path, task: str, **changes: Any) -> Path:
         "adapter": {"type": "lora", "r": 4, "target_modules": "all-linear"},
         "patches": {"tlm": {"rate": 0.1}},
         "penalties": {"l2_sp": 0.01},
-        "data": {"train": str(rows), "eval": str(rows)} | ({} if task == "preference" else {"max_tokens": 32}),
+        "data": {"train": str(rows), "eval": str(rows)} | OWN_DATA.get(task, {"max_tokens": 32}),
         "train": arguments(folder, task),
         **changes,
     }

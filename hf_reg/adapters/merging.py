@@ -75,6 +75,8 @@ def _logits(model: nn.Module, probe: Mapping[str, Any]) -> torch.Tensor:
     with evaluating(model):
         outputs = model(**probe)
     found = getattr(outputs, "logits", None)
+    if found is None and hasattr(outputs, "start_logits"):  # of answers to questions
+        found = torch.stack((outputs.start_logits, outputs.end_logits))
     found = outputs.last_hidden_state if found is None else found
     return found.float()
 

@@ -6,6 +6,7 @@ import json
 import logging
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
+from importlib.util import find_spec
 from pathlib import Path
 from typing import Any
 
@@ -14,7 +15,7 @@ from .errors import RecipeError, RunError, refused_as_run
 from .sections import Section
 
 
-__all__ = ["Data", "TextData", "load_data", "with_text"]
+__all__ = ["Data", "TextData", "file_in_package", "load_data", "with_text"]
 
 logger = logging.getLogger("transformers.hf_reg")
 
@@ -32,6 +33,9 @@ class Data(Section):
         eval (`str`, *optional*): the same, held out.
         name (`str`, *optional*): a data set on the Hub, or a folder of splits: then `train` and `eval` are splits.
         config, revision (`str`, *optional*): of the data set on the Hub.
+        package (`str`, *optional*):
+            An installed Python package, by the name that is imported, which is not done: then `train` and `eval` are
+            files inside of it.
         columns (`dict`, *optional*): the data's own names of the task's columns, such as `{text: review}`.
     """
 
@@ -40,16 +44,22 @@ class Data(Section):
     name: str | None = None
     config: str | None = None
     revision: str | None = None
+    package: str | None = None
     columns: dict[str, str] = field(default_factory=dict)
 
     def check(self, where: str) -> None:
         parts = {"train": self.train, **({} if self.eval is None else {"eval": self.eval})}
+        if self.package is not None and self.name is not None:
+            raise RecipeError(f"{where}: both package and name are given. Leave one out.")
         if self.name is None:
             for key in ("config", "revision"):
                 if getattr(self, key) is not None:
                     raise RecipeError(f"{where}.{key}: is for data.name, a data set on the Hub. Leave it out.")
             for key, place in parts.items():
-                _check_place(f"{where}.{key}", place)
+                if self.package is None:
+                    _check_place(f"{where}.{key}", place)
+                else:
+                    _check_place(f"{where}.{key}", str(file_in_package(self.package, place, where, key)))
             return
         folder = Path(self.name).expanduser()
         if self.name.startswith((".", "/", "~")) and not folder.is_dir():
@@ -62,6 +72,37 @@ class Data(Section):
                         f"{where}.{key}: {self.name} has no split {split!r}.{nearest(split, splits)} "
                         f"Splits: {', '.join(splits)}."
                     )
+
+    def shown(self, place: str) -> str:
+        """A file or split, and what it is in."""
+        if self.package is not None:
+            return f"{place} in the package {self.package}"
+        return place if self.name is None else f"{self.name}, split {place}"
+
+
+def file_in_package(package: str, place: str, where: str = "data", key: str = "train") -> Path:
+    """The file `place` in the folder of an installed package, which is found without being imported.
+
+    Raises:
+        [`RecipeError`]: for a package that is not installed, and a place outside of its folder.
+    """
+    try:
+        spec = find_spec(package) if package.isidentifier() else None
+    except (ImportError, ValueError):
+        spec = None
+    folders = list(spec.submodule_search_locations or ()) if spec is not None else []
+    if not folders:
+        raise RecipeError(
+            f"{where}.package: {package!r} is no installed package with a folder. Install it, and give the name that "
+            "Python imports."
+        )
+    for folder in (Path(folder).resolve() for folder in folders):
+        path = (folder / place).resolve()
+        if not path.is_relative_to(folder):
+            raise RecipeError(f"{where}.{key}: {place!r} is outside of the package {package}. Give a file in it.")
+        if path.exists():
+            return path
+    raise RecipeError(f"{where}.{key}: there is no file {place!r} in the package {package} ({folders[0]}).")
 
 
 @dataclass(frozen=True)
@@ -100,7 +141,7 @@ def _read(data: Data, place: str) -> Any:
             return datasets.load_from_disk(str(folder))[place]
         name = str(folder) if folder.is_dir() else data.name
         return datasets.load_dataset(name, data.config, revision=data.revision, split=place)
-    path = Path(place).expanduser()
+    path = Path(place).expanduser() if data.package is None else file_in_package(data.package, place)
     if path.is_dir():
         return datasets.load_from_disk(str(path))
     return datasets.load_dataset(READERS[path.suffix.lower()], data_files=str(path), split="train")
@@ -116,7 +157,7 @@ def load_data(data: Data, needed: Sequence[str]) -> dict[str, Any]:
     for key, place in {"train": data.train, "eval": data.eval}.items():
         if place is None:
             continue
-        where = f"data.{key} ({place if data.name is None else f'{data.name}, split {place}'})"
+        where = f"data.{key} ({data.shown(place)})"
         with refused_as_run(f"{where} cannot be loaded", (Exception,)):  # datasets has many classes of its own
             rows = _read(data, place)
         if missing := [theirs for theirs in data.columns.values() if theirs not in rows.column_names]:

@@ -10,12 +10,16 @@ import typer
 from rich.console import Console
 
 
-__all__ = ["RecipeError", "RunError", "one_line", "refused_as_recipe", "refused_as_run", "user_errors"]
+__all__ = ["RecipeError", "RunError", "UseError", "one_line", "refused_as_recipe", "refused_as_run", "user_errors"]
 
 REFUSALS = (ValueError, TypeError, RuntimeError, ImportError, OSError)  # how libraries say that they cannot
 
 
-class RecipeError(ValueError):
+class UseError(ValueError):
+    """A command that cannot be carried out as it was given: exit code 2."""
+
+
+class RecipeError(UseError):
     """A recipe that cannot be run as it is written: exit code 2."""
 
 
@@ -46,7 +50,7 @@ def refused_as_run(what: str, kinds: tuple[type[Exception], ...] = REFUSALS) -> 
     """What stops the run while it is doing `what`; other errors than `kinds` are mistakes of the program."""
     try:
         yield
-    except (RecipeError, RunError):
+    except (UseError, RunError):
         raise
     except kinds as error:
         raise RunError(f"{what}: {one_line(error)}") from error
@@ -58,11 +62,11 @@ def user_errors(command: str, traceback: bool = False) -> Iterator[None]:
     one of each machine says so."""
     try:
         yield
-    except (RecipeError, RunError) as error:
+    except (UseError, RunError) as error:
         if traceback:
             raise
-        recipe, rank = isinstance(error, RecipeError), os.environ.get("RANK")
-        if not recipe or os.environ.get("LOCAL_RANK", "0") == "0":
-            who = command if recipe or rank is None else f"{command} (process {rank})"
+        use, rank = isinstance(error, UseError), os.environ.get("RANK")
+        if not use or os.environ.get("LOCAL_RANK", "0") == "0":
+            who = command if use or rank is None else f"{command} (process {rank})"
             Console(stderr=True).print(f"{who}: {error}", style="red", highlight=False, markup=False, soft_wrap=True)
-        raise typer.Exit(2 if recipe else 1) from error
+        raise typer.Exit(2 if use else 1) from error

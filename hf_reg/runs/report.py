@@ -35,8 +35,7 @@ def plan_table(recipe: Recipe, settings: Settings) -> Table:
     rows += [("patch", repr(patch)) for patch in settings.patches]
     for key in ("train", "eval"):
         place = getattr(recipe.data, key)
-        named = f"{recipe.data.name}, split {place}" if recipe.data.name else str(place)
-        rows.append((f"{key} data", named if place else "none"))
+        rows.append((f"{key} data", recipe.data.shown(place) if place else "none"))
     rows += [("output", str(settings.args.output_dir)), ("starts from", settings.checkpoint or "the beginning")]
     table = _table("", "what this recipe does")
     for name, value in rows:

@@ -3,9 +3,17 @@
 from ..recipe import Recipe
 from .causal_lm import CausalLM
 from .preference import Preference
+from .question_answering import QuestionAnswering
+from .seq2seq import Seq2Seq
 from .sequence_classification import SequenceClassification
+from .token_classification import TokenClassification
 
 
-__all__ = ["TASKS", "CausalLM", "Preference", "SequenceClassification"]
+__all__ = [
+    "TASKS", "CausalLM", "Preference", "QuestionAnswering", "Seq2Seq", "SequenceClassification", "TokenClassification",
+]  # fmt: skip
 
-TASKS: dict[str, type[Recipe]] = {one.TASK: one for one in (Preference, CausalLM, SequenceClassification)}
+TASKS: dict[str, type[Recipe]] = {
+    one.TASK: one
+    for one in (Preference, CausalLM, SequenceClassification, TokenClassification, QuestionAnswering, Seq2Seq)
+}

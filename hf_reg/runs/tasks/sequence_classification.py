@@ -8,7 +8,7 @@ from typing import Any, ClassVar
 
 from ..data import TextData, with_text
 from ..errors import RunError, refused_as_run
-from ..models import check_length, load_model, load_tokenizer, with_adapter
+from ..models import check_length, class_config, load_model, load_tokenizer, with_adapter
 from ..recipe import Recipe
 from ..settings import Settings
 
@@ -84,7 +84,7 @@ class SequenceClassification(Recipe):
         data = with_text(data, columns)
         labels = label_names(data)
         tokenizer = load_tokenizer(self.model)
-        config, ids = self._config(labels, getattr(data["train"].features["label"], "names", None))
+        config, ids = class_config(self.model, labels, getattr(data["train"].features["label"], "names", None))
         model = load_model(AutoModelForSequenceClassification, self.model, settings.adapter is None, config=config)
         if model.config.get_text_config().pad_token_id is None:  # where it ends a text, models look for the last token
             model.config.get_text_config().pad_token_id = tokenizer.pad_token_id
@@ -106,17 +106,3 @@ class SequenceClassification(Recipe):
                 processing_class=tokenizer, data_collator=DataCollatorWithPadding(tokenizer),
                 compute_metrics=scores, preprocess_logits_for_metrics=_likeliest,
             )  # fmt: skip
-
-    def _config(self, labels: list[Any], names: list[str] | None) -> tuple[Any, dict[Any, int]]:
-        """The model's configuration with these classes, and the id of each label; a model that knows classes of these
-        names keeps its ids, since its head was trained with them."""
-        from transformers import AutoConfig
-
-        with refused_as_run(f"model {self.model.name} cannot be loaded"):
-            config = AutoConfig.from_pretrained(self.model.place, revision=self.model.revision or "main")
-        said = names or [str(label) for label in labels]
-        known = dict(config.label2id or {})
-        order = {name: known[name] for name in said} if set(known) == set(said) else {n: i for i, n in enumerate(said)}
-        config.id2label = {index: name for name, index in sorted(order.items(), key=lambda item: item[1])}
-        config.label2id, config.problem_type = order, "single_label_classification"
-        return config, {label: order[name] for label, name in zip(labels, said, strict=True)}
