@@ -1,4 +1,4 @@
-"""The command line: `hf-reg train`, `methods`, `inspect`, `merge`, `demo`."""
+"""The command line: `hf-reg train`, `methods`, `inspect`, `merge`, `verify`, `push`, `demo`."""
 
 from __future__ import annotations
 
@@ -122,6 +122,51 @@ def merge(
 
         done = merge_folder(adapter, output, base, force=force)
         _show(done, done.as_json() if as_json else None)
+
+
+@app.command()
+def verify(
+    folder: Annotated[Path, typer.Argument(help="A checkpoint: a model, or an adapter.")],
+    as_json: JSON = False,
+) -> None:
+    """Check a checkpoint, in a process without hf_reg too: files, recipe, keys, dtypes, ties, logits, card. Exit code 1
+    if it fails."""
+    from .runs.errors import UseError, refused_as_run, user_errors
+
+    with user_errors(f"hf-reg verify {folder}"):
+        if not folder.is_dir():
+            raise UseError(f"there is no folder {str(folder)!r} (looked in {Path.cwd()}). Give that of a checkpoint.")
+        from .checkpoints.verification import verify_checkpoint
+
+        with refused_as_run("it cannot be looked at"):
+            found = verify_checkpoint(folder)
+        _show(found, found.as_dict() if as_json else None)
+        if not found.passed:
+            raise typer.Exit(1)
+
+
+@app.command()
+def push(
+    folder: Annotated[Path, typer.Argument(help="A checkpoint: a model, or an adapter.")],
+    repo_id: Annotated[str, typer.Argument(help="namespace/name; made if it is not there.")],
+    private: Annotated[bool | None, typer.Option("--private/--public", help="Of a repository that is made.")] = None,
+    revision: Annotated[str | None, typer.Option(help="A branch; made if it is not there.")] = None,
+    base_model: Annotated[str | None, typer.Option(help="The repository of the model that was fine-tuned.")] = None,
+    message: Annotated[str, typer.Option(help="Of the commit.")] = "Push with hf_reg",
+) -> None:
+    """Push a checkpoint to the Hub, verified and with its card, in one commit. Log in with `hf auth login` before."""
+    from .runs.errors import UseError, refused_as_run, user_errors
+
+    with user_errors(f"hf-reg push {folder}"):
+        if not folder.is_dir():
+            raise UseError(f"there is no folder {str(folder)!r} (looked in {Path.cwd()}). Give that of a checkpoint.")
+        from .hub import push_to_hub
+
+        with refused_as_run("it is not pushed"):
+            commit = push_to_hub(
+                folder, repo_id, private=private, revision=revision, commit_message=message, base_model=base_model
+            )
+        typer.echo(str(commit))
 
 
 def _show(found: Any, plain: Any) -> None:
