@@ -29,6 +29,7 @@ class Use:
         settings (`dict[str, str]`): each as Python would read it.
         formula (`str`, *optional*): with the numbers of this run; else that of the method.
         coverage (`str`, *optional*): how much of the model it reached.
+        method (`str`, *optional*): name of the method, where it is not `name`: `"custom"` for one of the user's own.
     """
 
     kind: str
@@ -36,6 +37,7 @@ class Use:
     settings: dict[str, str] = field(default_factory=dict)
     formula: str = ""
     coverage: str = ""
+    method: str = ""
 
 
 @dataclass
@@ -120,8 +122,15 @@ class Facts:
 
     @classmethod
     def from_json(cls, text: str) -> Facts:
-        """The facts that `to_json` wrote."""
-        return cls(**json.loads(text))
+        """The facts that `to_json` wrote.
+
+        Raises:
+            `ValueError`: for another text.
+        """
+        try:
+            return cls(**json.loads(text))
+        except (TypeError, json.JSONDecodeError) as error:
+            raise ValueError(f"These are no facts of a card of this version ({error}). Take the file away.") from error
 
 
 def _numbers(name: str, values: Mapping[str, Any]) -> Numbers:
@@ -166,4 +175,6 @@ def facts_of(source: Any, **given: Any) -> Facts:
         facts = of_folder(Path(source))
     else:
         raise TypeError(f"A card is made of a Trainer, a model or a folder; got {type(source).__name__}.")
+    if given.get("base_model", facts.base_model) != facts.base_model:
+        given = {"base_revision": None, **given}  # it was that of another base
     return replace(facts, **given)

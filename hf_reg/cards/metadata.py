@@ -10,7 +10,7 @@ from typing import Any
 from huggingface_hub import EvalResult, ModelCardData
 
 from .facts import Facts
-from .methods import OWN, method_of
+from .methods import OF_PEFT, OWN, method_of
 from .private import repo_id_or_none
 from .rendering import title_of
 
@@ -19,8 +19,8 @@ __all__ = ["merge_metadata", "metadata_of"]
 
 
 def _tags(facts: Facts) -> list[str]:
-    known = [(use.name, method_of(use.kind, use.name)) for use in facts.methods]
-    names = [name for name, method in known if method.summary and method is not OWN]
+    known = [(use.method or use.name, method_of(use)) for use in facts.methods]
+    names = [name for name, method in known if method.summary and method not in (OWN, OF_PEFT)]
     papers = [f"arxiv:{method.paper}" for _, method in known if method.paper]
     return list(dict.fromkeys(["hf_reg", *names, *papers, *facts.tags]))
 

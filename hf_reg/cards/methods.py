@@ -5,9 +5,10 @@ from __future__ import annotations
 import inspect
 import re
 import sys
-from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Any
+
+from .facts import Use
 
 
 __all__ = ["COSTS", "COST_SOURCE", "Cost", "Method", "cost_of", "method_of"]
@@ -26,6 +27,7 @@ class Method:
 
 
 PLAIN_LORA = Method("LoRA: low-rank factors beside frozen weights.", "W x = W_0 x + (alpha / r) B A x", "2106.09685")
+OF_PEFT = Method("A loss that belongs to the adapter, as PEFT defines it.")
 OWN = Method("A term of the user's own, whose code is not part of this card.")
 
 
@@ -36,18 +38,14 @@ def _of_class(cls: type, formula: str) -> Method:
     return Method(summary, formula, paper.group(1) if paper else "")
 
 
-def method_of(kind: str, name: str) -> Method:
-    """The method of this name, where it is installed; else an empty one.
-
-    Args:
-        kind (`str`): `"patch"`, `"penalty"`, `"adapter"` or `"loss"`.
-        name (`str`): as in the logs.
-    """
+def method_of(use: Use) -> Method:
+    """The method that was used, where it is installed; else an empty one."""
     from ..adapters.storage import CONFIGS
     from ..losses import rpo
     from ..patching import known_patches
     from ..recipes import known_penalties
 
+    kind, name = use.kind, use.method or use.name
     if kind == "loss" and name in ("rpo", "dpo"):
         paper = PAPER.search(rpo.__doc__ or "")
         assert paper is not None
@@ -70,6 +68,8 @@ def method_of(kind: str, name: str) -> Method:
         return _of_class(cls, cls.FORMULA)
     if kind == "adapter" and name == "lora":
         return PLAIN_LORA
+    if kind == "penalty" and name == "peft":
+        return OF_PEFT
     return OWN if kind == "penalty" else Method()
 
 
@@ -99,9 +99,7 @@ COSTS = {  # a test compares them with the table of the benchmarks
 }
 
 
-def cost_of(name: str, settings: Mapping[str, str]) -> Cost | None:
-    """The measured cost of a method with these settings, if the benchmarks have it."""
-    for variant in ("skip", "folded"):
-        if settings.get(variant) == "True":
-            return COSTS.get(f"{name}, {variant}")
-    return COSTS.get(name)
+def cost_of(use: Use) -> Cost | None:
+    """The measured cost of a method with its settings, if the benchmarks have it."""
+    variants = [name for name in ("skip", "folded") if use.settings.get(name) == "True"]
+    return COSTS.get(", ".join([use.method or use.name, *variants]))

@@ -35,7 +35,10 @@ def create_model_card(
     if not self.is_world_process_zero():
         return
     from . import write_card
+    from .private import is_private
 
+    if model_name and is_private(model_name):  # `Trainer` takes the name of the folder
+        model_name = None
     task, data = ((one[0] if isinstance(one, list) and one else one) for one in (tasks, dataset))
     given: Mapping[str, Any] = {
         "language": language, "license": license, "tags": tags, "name": model_name, "base_model": finetuned_from,

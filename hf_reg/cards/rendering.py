@@ -65,7 +65,7 @@ def _opening(facts: Facts) -> str:
 
 
 def _method(use: Use) -> dict[str, str]:
-    known = method_of(use.kind, use.name)
+    known = method_of(use)
     settings = ", ".join(_code(f"{name}={value}") for name, value in use.settings.items() if value != "None")
     return {
         "name": use.name, "kind": use.kind, "summary": known.summary, "formula": use.formula or known.formula,
@@ -127,7 +127,7 @@ def _cost(facts: Facts) -> str:
     for use in facts.methods:
         if (use.kind == "penalty" and use.name in covered) or use.name == "lora":
             continue
-        row = cost_of(use.name, use.settings)
+        row = cost_of(use)
         found = f"{row.ratio:.3g} times (against: {_inline(row.peer)}; {row.case})" if row else "not measured"
         lines.append(f"- {_code(use.name)}: {found}")
     if all(line.endswith("not measured") for line in lines):

@@ -45,7 +45,7 @@ def of_trainer(trainer: Any) -> Facts:
         settings = {name: public(getattr(args, name)) for name in RPO}
         facts.methods.insert(0, Use("loss", "rpo" if args.eta else "dpo", settings, formula))
         facts.reference = str(trainer.reference)
-    facts.methods += [Use("penalty", one.name, _fields(one, ("name",))) for one in getattr(trainer, "penalties", ())]
+    facts.methods += [_penalty(one) for one in getattr(trainer, "penalties", ())]
     facts.trainer = type(trainer).__name__
     facts.repo_id = repo_id_or_none(args.hub_model_id) or ""
     facts.training = _training(args, state)
@@ -84,8 +84,8 @@ def of_model(model: nn.Module, *, past: bool = True) -> Facts:
         facts.methods.append(Use("patch", patch.name, settings, coverage=", ".join(reached)))
     facts.num_labels = getattr(config, "num_labels", None) if "Classification" in facts.auto_class else None
     facts.versions = _versions(bool(adapters))
-    if past and not patches:
-        _add_block(facts, getattr(config, "hf_reg", None))
+    if past:
+        _add_block(facts, getattr(config, "hf_reg", None), without=("patch",) if patches else ())
     return facts
 
 
@@ -105,7 +105,7 @@ def of_folder(folder: Path) -> Facts:
     if adapter:
         task = task_of_peft(adapter.get("task_type"))
         own = _read(folder / "hf_reg.json")
-        if own:
+        if "method" in own:
             settings = {"r": 16, **own["settings"]}  # the file has what differs from the defaults
             shown = {key: public(value) for key, value in settings.items() if key != "svd_cache_dir"}
             use = Use("adapter", own["method"], shown | _targets(settings.get("target_modules", "all-linear")))
@@ -116,6 +116,7 @@ def of_folder(folder: Path) -> Facts:
         facts.adapter = use.name
         facts.methods.append(use)
         _set_base(facts, adapter.get("base_model_name_or_path"), adapter.get("revision"))
+        _add_block(facts, own.get("hf_reg"))
     else:
         facts.architecture = next(iter(config.get("architectures") or ()), "")
         task = task_of_class(facts.architecture)
@@ -144,14 +145,18 @@ def _set_base(facts: Facts, name: Any, commit: str | None) -> None:
     facts.base_is_local = bool(name) and facts.base_model is None
 
 
-def _add_block(facts: Facts, block: Any) -> None:
+def _add_block(facts: Facts, block: Any, without: Iterable[str] = ()) -> None:
     """What `config.hf_reg` says: `{version, patches: {name: settings}, penalties: ..., seed, versions}`."""
     if not isinstance(block, Mapping):
         return
     for kind, key in (("patch", "patches"), ("penalty", "penalties")):
-        for name, settings in (block.get(key) or {}).items():
-            found = settings if isinstance(settings, Mapping) else {"weight": settings}
-            facts.methods.append(Use(kind, str(name), {str(one): public(value) for one, value in found.items()}))
+        for name, settings in (block.get(key) or {}).items() if kind not in without else ():
+            found = dict(settings) if isinstance(settings, Mapping) else {"weight": settings}
+            method = str(found.pop("method", ""))
+            shown = {
+                str(one): _schedule(value) if one == "schedule" else public(value) for one, value in found.items()
+            }
+            facts.methods.append(Use(kind, str(name), shown, method=method))
     if isinstance(block.get("seed"), int):
         facts.seeds = [block["seed"]]
     versions = {**(block.get("versions") or {}), **({"hf_reg": block["version"]} if "version" in block else {})}
@@ -161,6 +166,22 @@ def _add_block(facts: Facts, block: Any) -> None:
 
 def _fields(one: Any, without: Iterable[str] = ()) -> dict[str, str]:
     return {f.name: public(getattr(one, f.name)) for f in fields(one) if f.init and f.name not in without}
+
+
+def _schedule(value: Any) -> str:
+    """`{name: settings}` as the call that makes it."""
+    if isinstance(value, Mapping) and len(value) == 1 and isinstance(settings := next(iter(value.values())), Mapping):
+        return f"{next(iter(value))}({', '.join(f'{name}={public(one)}' for name, one in settings.items())})"
+    return public(value)
+
+
+def _penalty(penalty: Any) -> Use:
+    from ..recipes import known_penalties
+    from ..training.adapter_losses import AdaLoraLoss, AdapterLoss
+
+    ours = known_penalties().get(penalty.NAME) is type(penalty)
+    other = "peft" if isinstance(penalty, (AdapterLoss, AdaLoraLoss)) else "custom"
+    return Use("penalty", penalty.name, _fields(penalty, ("name",)), method=penalty.NAME if ours else other)
 
 
 def _adapter(config: Any) -> Use:

@@ -13,8 +13,8 @@ import huggingface_hub
 import pytest
 import torch
 
-from hf_reg import describe
-from hf_reg.cards import Facts, card_of, check_metadata, facts_of, write_card
+from hf_reg import patch_model
+from hf_reg.cards import Facts, Use, card_of, check_metadata, facts_of, write_card
 from hf_reg.cards.methods import COSTS, method_of
 from hf_reg.patching import known_patches
 from hf_reg.recipes import known_penalties
@@ -68,10 +68,12 @@ def test_every_method_has_a_formula_and_a_source() -> None:
     found = [("patch", name) for name in known_patches()] + [("penalty", name) for name in known_penalties()]
     assert len(found) > 10
     for kind, name in [*found, ("adapter", "sorsa"), ("adapter", "ba_lora"), ("adapter", "lora")]:
-        method = method_of(kind, name)
+        method = method_of(Use(kind, name))
         assert method.summary and method.formula, name
         assert bool(method.paper) is (name not in ("l1", "l2")), name
-    assert method_of("loss", "rpo").paper == "2405.16436" and method_of("penalty", "balora").formula == ""
+    assert method_of(Use("loss", "rpo")).paper == "2405.16436" and method_of(Use("patch", "gone")).summary == ""
+    assert "of the user's own" in method_of(Use("penalty", "l2_sp", method="custom")).summary
+    assert method_of(Use("penalty", "anchor", method="l2_sp")).paper == "1802.01483"
 
 
 def test_costs_are_those_of_the_benchmarks() -> None:
@@ -150,8 +152,8 @@ def test_a_folder_and_a_model_say_the_same(trainers: dict[str, Any], folder: Pat
     assert facts_of(trainers["sorsa"].args.output_dir).methods[0].settings["r"] == "4"
     block = {
         "version": "0.0.9",
-        "patches": {"tlm": {"rate": 0.3, "mode": "self"}},
-        "penalties": {"l2_sp": {"weight": 0.5}},
+        "patches": {"tlm": {"rate": 0.3, "mode": "self", "schedule": {"v_shape": {"warmup": 0.2}}}},
+        "penalties": {"anchor": {"method": "l2_sp", "weight": 0.5}, "spread": {"method": "custom", "weight": 1}},
         "seed": 7,
         "versions": {"torch": "2.6.0"},
     }
@@ -160,12 +162,33 @@ def test_a_folder_and_a_model_say_the_same(trainers: dict[str, Any], folder: Pat
     model.save_pretrained(folder)
     for source in (model, folder):
         facts = facts_of(source)
-        assert [(use.kind, use.name) for use in facts.methods] == [("patch", "tlm"), ("penalty", "l2_sp")]
-        assert facts.methods[0].settings == {"rate": "0.3", "mode": "'self'"} and facts.seeds == [7]
+        assert [(use.name, use.method) for use in facts.methods] == [
+            ("tlm", ""),
+            ("anchor", "l2_sp"),
+            ("spread", "custom"),
+        ]
+        assert facts.methods[0].settings == {"rate": "0.3", "mode": "'self'", "schedule": "v_shape(warmup=0.2)"}
+        assert facts.seeds == [7]
         assert facts.versions == {"torch": "2.6.0", "hf_reg": "0.0.9"}
         (call,) = re.findall(r'patch_model\(model, "tlm", (.*)\)', str(card_of(source)))
-        assert sorted(call.split(", ")) == ["mode='self'", "rate=0.3"]  # config.json sorts its keys
-    assert describe(model).rows == []
+        assert sorted(call.split(", ")) == ["mode='self'", "rate=0.3", "schedule=v_shape(warmup=0.2)"]
+        assert "from hf_reg.schedules import v_shape\n" in str(card_of(source))
+    patch_model(model, "tlm", rate=0.4)  # what is on the model counts more than what its block says
+    assert [use.settings.get("rate") for use in facts_of(model).methods] == ["0.4", None, None]
+
+
+def test_the_block_of_an_adapter(trainers: dict[str, Any], folder: Path) -> None:
+    for name in ("sorsa", "rpo"):
+        shutil.copytree(trainers[name].args.output_dir, folder / name)
+        path = folder / name / "hf_reg.json"
+        own = json.loads(path.read_text()) if path.exists() else {"hf_reg_version": "0.1.0"}
+        path.write_text(json.dumps(own | {"hf_reg": {"patches": {"tlm": {"rate": 0.1}}, "penalties": {}, "seed": 3}}))
+        facts = facts_of(folder / name)
+        assert [use.name for use in facts.methods] == [
+            "lora" if name == "rpo" else "sorsa",
+            "tlm",
+        ] and facts.seeds == [3]
+        assert 'patch_model(model, "tlm", rate=0.1)' in str(card_of(folder / name))
 
 
 def test_a_folder_keeps_the_facts_of_its_run(trainers: dict[str, Any], folder: Path) -> None:
@@ -189,6 +212,10 @@ def test_trainer_state_in_a_folder(trainers: dict[str, Any], folder: Path) -> No
     (folder / "config.json").write_text("{")
     with pytest.raises(ValueError, match="is no JSON"):
         facts_of(folder)
+    for text in ("{", '{"of_tomorrow": 1}'):
+        (folder / "hf_reg_card.json").write_text(text)
+        with pytest.raises(ValueError, match="no facts of a card of this version"):
+            facts_of(folder)
 
 
 def test_what_is_no_source_and_no_fact(folder: Path) -> None:

@@ -53,6 +53,8 @@ def test_nothing_private_gets_onto_the_card_of_a_run(wilhelmina: Path) -> None:
     text = path.read_text()
     assert "(local, left out)" in text and "has no public name here" in text and "base_model" not in text
     assert check_metadata(text) == []
+    trainer.create_model_card(model_name="wilhelmina")  # `Trainer.push_to_hub` gives the name of the folder
+    assert "wilhelmina" not in (wilhelmina / "out" / "README.md").read_text()
 
 
 @pytest.mark.parametrize("fact", ["description", "name", "hardware", "limits", "cost_against", "baseline_is"])
@@ -84,6 +86,9 @@ def test_base_models(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     card = card_of(bert(), base_model="owner/name", base_revision="abc123")
     assert card.data.base_model == "owner/name" and card.data["base_model_relation"] == "finetune"
     assert "(revision `abc123`)" in str(card)
+    model = bert()
+    model.config._name_or_path, model.config._commit_hash = "owner/name", "abc123"
+    assert facts_of(model, base_model="owner/other").base_revision is None
 
 
 def test_private_and_public() -> None:
