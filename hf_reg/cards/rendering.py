@@ -48,12 +48,17 @@ def _mean(number: float | list[float]) -> float:
 def title_of(facts: Facts) -> str:
     """The given name, or one of what the model is; never that of a folder."""
     base = (facts.base_model or facts.architecture or "A model").rpartition("/")[2]
-    names = [use.name for use in facts.methods]
+    names = list(dict.fromkeys(use.name for use in facts.methods))
     return _inline(facts.name) or f"{base} with {_and(names)}" * bool(names) or base
 
 
 def _opening(facts: Facts) -> str:
-    what = f"A {NAMES.get(facts.adapter, facts.adapter)} adapter" if facts.adapter else "A model"
+    kind = NAMES.get(facts.adapter)
+    what = (
+        (f"A {kind} adapter" if kind else f"An adapter of PEFT, {_code(facts.adapter)}")
+        if facts.adapter
+        else "A model"
+    )
     what += f" ({_code(facts.architecture)})" if facts.architecture else ""
     if facts.base_model:
         what += f", trained from [{facts.base_model}](https://huggingface.co/{facts.base_model})"

@@ -9,6 +9,8 @@ from pathlib import Path
 from typing import Any
 from unittest import mock
 
+from transformers import set_seed
+
 from hf_reg.cards import Facts, card_of, facts_of
 
 
@@ -77,6 +79,7 @@ def trained(reference: Reference, options: list[str], folder: Path) -> Any:
     Kept.__name__ = cls.__name__
     arguments = [path.name, *fixed, *options]
     with mock.patch.object(example, reference.trainer, Kept), mock.patch.object(sys, "argv", arguments):
+        set_seed(42)  # a model and its baseline start from the same weights
         example.main()
     return made[0]
 

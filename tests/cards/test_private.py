@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 from pathlib import Path
 from typing import Any
 
@@ -53,6 +54,8 @@ def test_nothing_private_gets_onto_the_card_of_a_run(wilhelmina: Path) -> None:
     text = path.read_text()
     assert "(local, left out)" in text and "has no public name here" in text and "base_model" not in text
     assert check_metadata(text) == []
+    for block in re.findall(r"```python\n(.*?)```", text, re.DOTALL):
+        compile(block, "card", "exec")  # what is left out is no value
     trainer.create_model_card(model_name="wilhelmina")  # `Trainer.push_to_hub` gives the name of the folder
     assert "wilhelmina" not in (wilhelmina / "out" / "README.md").read_text()
 
@@ -60,6 +63,7 @@ def test_nothing_private_gets_onto_the_card_of_a_run(wilhelmina: Path) -> None:
 @pytest.mark.parametrize("fact", ["description", "name", "hardware", "limits", "cost_against", "baseline_is"])
 def test_what_is_given_is_refused(fact: str, tmp_path: Path) -> None:
     given: dict[str, Any] = {"results": {"f1": 0.5}, "baseline": {"f1": 0.4}, "cost": 1.0}
+    given["history"] = [{"step": 1, "loss": 1.0}, {"step": 2, "loss": 0.5}]  # a curve could be drawn
     for secret in (TOKEN, "/home/someone/run", "see ~/runs", r"C:\Users\someone"):
         with pytest.raises(ValueError, match="It holds the (token hf_aB3...|path)"):
             write_card(tmp_path, bert(), **given, **{fact: f"as in {secret}"})
