@@ -10,7 +10,7 @@ export OMP_NUM_THREADS ?= 1
 export TOKENIZERS_PARALLELISM := false
 
 .DEFAULT_GOAL := help
-.PHONY: help demo test test-all bench lint clean
+.PHONY: help demo test test-all bench lint cards clean
 .PRECIOUS: $(STAMP)%
 
 help:  ## list the targets
@@ -34,6 +34,9 @@ lint: $(STAMP)dev  ## ruff and mypy
 	@# mypy cannot follow hf_reg.patches -> patches/: check a tree that is laid out as installed
 	@rm -rf build/types && mkdir -p build/types && cp -r hf_reg build/types/ && cp -r patches build/types/hf_reg/patches
 	cd build/types && ../../$(BIN)/mypy --config-file ../../pyproject.toml --cache-dir ../../.mypy_cache -p hf_reg
+
+cards: $(STAMP)demo-test  ## render model_cards/ again (ARGS=--train: from new smoke runs of the examples)
+	HF_HUB_OFFLINE=1 $(BIN)/python -m tests.cards $(ARGS)
 
 clean:  ## remove .venv and everything built
 	rm -rf $(VENV) build dist *.egg-info .pytest_cache .ruff_cache .mypy_cache .hypothesis demo-output quickstart-output

@@ -53,6 +53,7 @@ class Patch:
     """
 
     name: ClassVar[str] = ""
+    formula: ClassVar[str] = ""  # for model cards
     acts_on: ClassVar[str] = "attention"  # in words, what `accepts` accepts
     rate_field: ClassVar[str | None] = None  # the setting that the schedule multiplies
     in_eval: ClassVar[bool] = False  # True only for deterministic interventions such as `head_mask`
@@ -233,6 +234,7 @@ class Penalty:
     """
 
     NAME: ClassVar[str] = ""
+    FORMULA: ClassVar[str] = ""  # for model cards
     NEEDS: ClassVar[frozenset[str]] = frozenset()  # of NEEDED: what `outputs` has to hold beside the loss
     ON_PARAMETERS: ClassVar[bool] = False  # looks at parameters only: the same for every micro-batch of a step
     NEEDED: ClassVar[tuple[str, ...]] = (

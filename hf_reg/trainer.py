@@ -12,6 +12,7 @@ from transformers import Trainer
 
 from .base import Penalty
 from .checkpoints.block import note_training
+from .cards.of_trainer import create_model_card
 from .distributed import check_launch, wrap_anew
 from .patching import patch_model
 from .recipes import make_patches, make_penalties
@@ -60,6 +61,7 @@ class RegularizerMixin(SavingMixin):
     train_dataset: Any
     model_accepts_loss_kwargs: bool
     _signature_columns: list[str]
+    create_model_card = create_model_card
 
     def __init__(
         self, *args: Any, penalties: Any = None, patches: Any = None, teacher: nn.Module | None = None, **kwargs: Any
@@ -147,7 +149,6 @@ class RegularizerMixin(SavingMixin):
             result = super().compute_loss(
                 model, {**inputs, **extra}, return_outputs=wanted, num_items_in_batch=num_items_in_batch
             )
-        loss: torch.Tensor
         outputs: Any
         loss, outputs = result if wanted else (result, None)
         if model.training:
@@ -275,8 +276,7 @@ class RegularizerMixin(SavingMixin):
                 logs |= {f"loss_{name}": value / steps for name, value in terms.items()}
             logs |= {f"share_{name}": value for name, value in self._shares.mean(self._over_processes).items()}
             logs |= self._around.measured.mean(self._over_processes)
-            if self.skipped_steps:
-                logs["skipped_steps"] = float(self.skipped_steps)
+            logs |= {"skipped_steps": float(self.skipped_steps)} if self.skipped_steps else {}
             self._logged_step = self.state.global_step
         super().log(logs, *args, **kwargs)
 

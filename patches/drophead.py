@@ -45,6 +45,7 @@ class DropHead(Patch):
     """
 
     name: ClassVar[str] = "drophead"
+    formula: ClassVar[str] = "head_h <- xi_h c head_h, xi_h ~ Bernoulli(1 - p), c = H / (heads kept)"
     acts_on: ClassVar[str] = "attention of the chosen kind with several heads"
     rate_field: ClassVar[str] = "p"
     GRANULARITY: ClassVar[tuple[str, ...]] = ("example", "batch")

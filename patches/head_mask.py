@@ -32,6 +32,7 @@ class HeadMask(Patch):
     """
 
     name: ClassVar[str] = "head_mask"
+    formula: ClassVar[str] = "head_h <- 0 for the chosen heads h"
     in_eval: ClassVar[bool] = True
 
     heads: Mapping[int, tuple[int, ...]] = field(default_factory=dict)

@@ -21,8 +21,7 @@ __all__ = ["TLM", "token_level_mask"]
 
 @dataclass(frozen=True)
 class TLM(Patch):
-    """Token-level masking: random tokens are hidden from their neighbours, or from themselves, in every
-    self-attention.
+    """Token-level masking: random tokens are hidden from their neighbours or themselves, in every self-attention.
 
     From *Token-Level Masking for Transformers* (EMNLP 2023, arXiv 2310.18738). In training, every layer selects each
     token with probability `rate`; a selected token is either *siblings-masked* (it attends to itself only) or
@@ -57,6 +56,7 @@ class TLM(Patch):
     """
 
     name: ClassVar[str] = "tlm"
+    formula: ClassVar[str] = "softmax(Q K^T / sqrt(d) + M) V, M_ij = -inf where token j is hidden from token i"
     acts_on: ClassVar[str] = "self-attention"
     rate_field: ClassVar[str] = "rate"
     MODES: ClassVar[tuple[str, ...]] = ("siblings", "self", "both")

@@ -60,6 +60,7 @@ class BALoraConfig(SvdAdapterConfig):
     """
 
     METHOD: ClassVar[str] = "ba_lora"
+    FORMULA: ClassVar[str] = "L = L_task + lambda1 L_consistency + lambda2 L_diversity + lambda3 L_concentration"
     HAS_VALUES: ClassVar[bool] = False
 
     version: str = field(default="iclr2026", metadata={"help": "iclr2026 or v5."})

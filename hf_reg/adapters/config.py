@@ -52,6 +52,7 @@ class SvdAdapterConfig(LoraConfig):
     """
 
     METHOD: ClassVar[str]
+    FORMULA: ClassVar[str] = ""  # for model cards
     HAS_VALUES: ClassVar[bool]  # whether the singular values are factors of their own
 
     r: int = field(default=16, metadata={"help": "Rank."})

@@ -60,6 +60,10 @@ class SorsaConfig(SvdAdapterConfig):
     """
 
     METHOD: ClassVar[str] = "sorsa"
+    FORMULA: ClassVar[str] = (
+        "W x = W_0 x + s (U_p diag(S_p) V_p^T - U_0 diag(S_0) V_0^T) x, "
+        "L_reg = ||U_p^T U_p - I||_F + ||V_p^T V_p - I||_F"
+    )
     HAS_VALUES: ClassVar[bool] = True
 
     gamma: float = field(default=4e-4, metadata={"help": "Strength of the orthonormality."})

@@ -99,6 +99,7 @@ class L2SP(AnchoredPenalty):
     """
 
     NAME: ClassVar[str] = "l2_sp"
+    FORMULA: ClassVar[str] = "alpha / 2 ||w - w0||^2 + beta / 2 ||w_new||^2"
 
     alpha: float = 0.1
     beta: float = 0.01

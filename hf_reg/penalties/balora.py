@@ -137,6 +137,7 @@ class Consistency(LogitsPenalty):
     """
 
     NAME: ClassVar[str] = "consistency"
+    FORMULA: ClassVar[str] = "T^2 mean over rows of KL(softmax(z_teacher / T) || softmax(z / T))"
     NEEDS: ClassVar[frozenset[str]] = frozenset({"logits", "teacher"})
 
     temperature: float = 2.0
@@ -172,6 +173,7 @@ class Diversity(LogitsPenalty):
     """
 
     NAME: ClassVar[str] = "diversity"
+    FORMULA: ClassVar[str] = "- mean over tokens of H(softmax(top K of z)); of examples, the covariance term"
 
     top_k: int | None = 20
 
@@ -195,6 +197,7 @@ class Covariance(LogitsPenalty):
     """
 
     NAME: ClassVar[str] = "covariance"
+    FORMULA: ClassVar[str] = "(1 / D) sum over i != j of C_ij^2, C the covariance of the logits"
 
     def __call__(self, model: nn.Module, inputs: Mapping[str, Any], outputs: Any) -> torch.Tensor:
         logits = self.find_logits(outputs)

@@ -121,6 +121,7 @@ class EWC(AnchoredPenalty):
     """
 
     NAME: ClassVar[str] = "ewc"
+    FORMULA: ClassVar[str] = "1/2 sum_j F_j (w_j - w0_j)^2"
 
     fisher: Mapping[str, torch.Tensor] = field(default_factory=dict, repr=False)
 

@@ -41,6 +41,7 @@ class Confidence(LogitsPenalty):
     """
 
     NAME: ClassVar[str] = "confidence"
+    FORMULA: ClassVar[str] = "- mean over rows of H(softmax(z))"
 
     def __call__(self, model: nn.Module, inputs: Mapping[str, Any], outputs: Any) -> torch.Tensor:
         logits = self.find_logits(outputs)

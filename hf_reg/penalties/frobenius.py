@@ -55,6 +55,7 @@ class FrobeniusDecay(Penalty):
     """
 
     NAME: ClassVar[str] = "frobenius_decay"
+    FORMULA: ClassVar[str] = "sum over pairs of 1/2 ||U V^T||_F^2"
     ON_PARAMETERS: ClassVar[bool] = True
     KINDS: ClassVar[tuple[str, ...]] = ("lora", "qk", "ov")
 

@@ -53,6 +53,7 @@ class L1(_Norm):
     """
 
     NAME: ClassVar[str] = "l1"
+    FORMULA: ClassVar[str] = "sum |w|"
 
     def term(self, weight: torch.Tensor) -> torch.Tensor:
         return weight.abs().sum()
@@ -70,6 +71,7 @@ class L2(_Norm):
     """
 
     NAME: ClassVar[str] = "l2"
+    FORMULA: ClassVar[str] = "1/2 sum w^2"
 
     def term(self, weight: torch.Tensor) -> torch.Tensor:
         return weight.square().sum() / 2

@@ -96,6 +96,7 @@ class Orthonormality(Penalty):
     """
 
     NAME: ClassVar[str] = "orthonormality"
+    FORMULA: ClassVar[str] = "sum over matrices of ||M M^T - I||_F"
     ON_PARAMETERS: ClassVar[bool] = True
     REDUCTION: ClassVar[tuple[str, ...]] = ("sum", "mean")
 

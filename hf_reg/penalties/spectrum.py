@@ -168,6 +168,7 @@ class SvdConcentration(LogitsPenalty):
     """
 
     NAME: ClassVar[str] = "svd_concentration"
+    FORMULA: ClassVar[str] = "- (sum of the k largest singular values of the logits) / their norm"
 
     k: int | None = None
     norm: str | None = None

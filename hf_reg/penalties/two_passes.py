@@ -47,6 +47,7 @@ class RDrop(LogitsPenalty):
     """
 
     NAME: ClassVar[str] = "r_drop"
+    FORMULA: ClassVar[str] = "mean over rows of (KL(p_a || p_b) + KL(p_b || p_a)) / 2"
     NEEDS: ClassVar[frozenset[str]] = frozenset({"logits", "second_pass"})
 
     def __call__(self, model: nn.Module, inputs: Mapping[str, Any], outputs: Any) -> torch.Tensor:

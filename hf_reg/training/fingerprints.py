@@ -15,7 +15,7 @@ from .teacher import Teacher
 
 __all__ = ["data_fingerprint", "example_hashes", "model_fingerprint", "teacher_fingerprint", "together"]
 
-IGNORED = ("_name_or_path", "transformers_version", "use_cache")  # of a configuration
+IGNORED = ("_name_or_path", "transformers_version", "use_cache", "hf_reg")  # of a configuration
 IGNORED_BY_PEFT = ("base_model_name_or_path", "inference_mode", "revision")
 WRAPPED = (".base_layer", ".original_module")  # what PEFT adds to the names of weights below an adapter
 

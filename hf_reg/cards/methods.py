@@ -1,0 +1,105 @@
+"""What a card says about each method, read off its class: summary, formula, paper. And what it costs."""
+
+from __future__ import annotations
+
+import inspect
+import re
+import sys
+from dataclasses import dataclass
+from typing import Any
+
+from .facts import Use
+
+
+__all__ = ["COSTS", "COST_SOURCE", "Cost", "Method", "cost_of", "method_of"]
+
+PAPER = re.compile(r"arXiv\s+(\d{4}\.\d{4,5})")
+LINK = re.compile(r"\[(`[^`]+`)\](?:\([^)]*\))?")
+
+
+@dataclass(frozen=True)
+class Method:
+    """What a card says about a method: a sentence or two, a formula, and the number of its paper on arXiv."""
+
+    summary: str = ""
+    formula: str = ""
+    paper: str = ""
+
+
+PLAIN_LORA = Method("LoRA: low-rank factors beside frozen weights.", "W x = W_0 x + (alpha / r) B A x", "2106.09685")
+OF_PEFT = Method("A loss that belongs to the adapter, as PEFT defines it.")
+OWN = Method("A term of the user's own, whose code is not part of this card.")
+
+
+def _of_class(cls: type, formula: str) -> Method:
+    doc, module = inspect.getdoc(cls) or "", sys.modules[cls.__module__].__doc__ or ""
+    paper = PAPER.search(doc) or PAPER.search(module)
+    summary = LINK.sub(r"\1", " ".join(doc.partition("\n\n")[0].split()))
+    return Method(summary, formula, paper.group(1) if paper else "")
+
+
+def method_of(use: Use) -> Method:
+    """The method that was used, where it is installed; else an empty one."""
+    from ..adapters.storage import CONFIGS
+    from ..losses import rpo
+    from ..patching import known_patches
+    from ..recipes import known_penalties
+
+    kind, name = use.kind, use.method or use.name
+    if kind == "loss" and name in ("rpo", "dpo"):
+        paper = PAPER.search(rpo.__doc__ or "")
+        assert paper is not None
+        if name == "dpo":
+            return Method("Direct preference optimization: the chosen answer more likely than the rejected one.",
+                          "L = mean_b(-log sigmoid(beta h))", "2305.18290")  # fmt: skip
+        summary = (
+            "Regularized preference optimization (RPO): of two answers the chosen one becomes likelier than the "
+            "rejected one, and its own likelihood is a part of the loss, so that it does not fall meanwhile."
+        )
+        return Method(summary, "", paper.group(1))
+    if kind == "patch" and name in known_patches():
+        cls: Any = known_patches()[name]
+        return _of_class(cls, cls.formula)
+    if kind == "penalty" and name in known_penalties():
+        cls = known_penalties()[name]
+        return _of_class(cls, cls.FORMULA)
+    if kind == "adapter" and name in CONFIGS:
+        cls = CONFIGS[name]
+        return _of_class(cls, cls.FORMULA)
+    if kind == "adapter" and name == "lora":
+        return PLAIN_LORA
+    if kind == "penalty" and name == "peft":
+        return OF_PEFT
+    return OWN if kind == "penalty" else Method()
+
+
+@dataclass(frozen=True)
+class Cost:
+    """A row of the benchmarks: how many times the step of `peer` a step with the method takes."""
+
+    ratio: float
+    section: str
+    case: str
+    ours: str
+    peer: str
+
+
+COST_SOURCE = "benchmarks of hf_reg (tests/benchmarks/results.md), one CPU thread, torch 2.13"
+_STEP, _LARGE = "MiniLM step, 16 x 128", "56M step, 4 x 256"
+COSTS = {  # a test compares them with the table of the benchmarks
+    "tlm": Cost(1.014, "TLM", _STEP, "TLM", "no dropout"),
+    "drophead": Cost(0.994, "DropHead", _STEP, "multiply", "unpatched"),
+    "drophead, skip": Cost(0.955, "DropHead", _STEP, "skip, p = 0.2", "unpatched"),
+    "l2_sp": Cost(1.082, "trainer", _STEP, "l2_sp", "Trainer"),
+    "confidence": Cost(1.001, "trainer", _STEP, "confidence", "Trainer"),
+    "r_drop": Cost(2.018, "trainer", _STEP, "r_drop", "Trainer"),
+    "sorsa": Cost(1.031, "SORSA", f"{_LARGE}, r = 16", "SORSA and its decoupled step", "PEFT LoRA"),
+    "sorsa, folded": Cost(0.995, "SORSA", f"{_LARGE}, r = 16", "SORSA, folded", "PEFT LoRA"),
+    "ba_lora": Cost(1.435, "BA-LoRA", _LARGE, "BA-LoRA", "LoRA, transformers' loss"),
+}
+
+
+def cost_of(use: Use) -> Cost | None:
+    """The measured cost of a method with its settings, if the benchmarks have it."""
+    variants = [name for name in ("skip", "folded") if use.settings.get(name) == "True"]
+    return COSTS.get(", ".join([use.method or use.name, *variants]))
