@@ -129,8 +129,8 @@ def verify(
     folder: Annotated[Path, typer.Argument(help="A checkpoint: a model, or an adapter.")],
     as_json: JSON = False,
 ) -> None:
-    """Check a checkpoint, in a process without hf_reg too: files, recipe, keys, dtypes, ties, logits, card. Exit code 1
-    if it fails."""
+    """Check a checkpoint, in a process without hf_reg too: files, recipe, keys, dtypes, logits, card. Exit code 1 if
+    it fails."""
     from .runs.errors import UseError, refused_as_run, user_errors
 
     with user_errors(f"hf-reg verify {folder}"):

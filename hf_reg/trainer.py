@@ -11,8 +11,8 @@ from torch import nn
 from transformers import Trainer
 
 from .base import Penalty
-from .checkpoints.block import note_training
 from .cards.of_trainer import create_model_card
+from .checkpoints.block import note_training
 from .distributed import check_launch, wrap_anew
 from .patching import patch_model
 from .recipes import make_patches, make_penalties
