@@ -101,11 +101,12 @@ def note_patches(model: nn.Module) -> None:
     that it had before the first one, or none. Models that share one configuration object share its block.
     """
     if any(gates(model)) and isinstance(getattr(model, "config", None), PreTrainedConfig):
-        vars(model).setdefault(BEFORE, copy.deepcopy(block_of(model)))
+        vars(model).setdefault(BEFORE, copy.deepcopy(getattr(model.config, BLOCK, None)))
     for owner in [module for module in model.modules() if BEFORE in vars(module)]:
         if patches := _patches_on(owner):
             block = block_of(owner) or {}
-            _put(owner, _block(patches, block.get("penalties") or {}, block.get("seed")))
+            penalties = block.get("penalties")
+            _put(owner, _block(patches, penalties if isinstance(penalties, dict) else {}, block.get("seed")))
         else:
             _put(owner, vars(owner).pop(BEFORE))
 

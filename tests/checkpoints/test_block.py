@@ -142,6 +142,16 @@ def test_it_survives_saving_loading_copies_and_pickles(tmp_path: Path) -> None:
     assert block(loaded) == wanted
 
 
+@pytest.mark.parametrize("found", ["x", {"penalties": "x", "patches": 3}])
+def test_a_block_that_is_none_is_replaced_and_comes_back(found: Any) -> None:
+    model = build("bert")
+    model.config.hf_reg = found  # what from_pretrained makes of any config.json
+    patch_model(model, "tlm")
+    assert list(block(model)["patches"]) == ["tlm"] and block(model)["penalties"] == {}
+    unpatch_model(model)
+    assert block(model) == found
+
+
 def test_composite_configurations(tmp_path: Path) -> None:
     small = {"hidden_size": 16, "intermediate_size": 16, "num_hidden_layers": 1, "num_attention_heads": 2}
     text = CLIPTextConfig(vocab_size=VOCABULARY, **small)
