@@ -32,6 +32,7 @@ def push_to_hub(
     commit_message: str = "Push with hf_reg",
     tokenizer: Any = None,
     base_model: str | None = None,
+    **facts: Any,
 ) -> CommitInfo:
     """Push a checkpoint to the Hub: saved, verified, with its model card, in one commit.
 
@@ -58,6 +59,7 @@ def push_to_hub(
         tokenizer (*optional*): goes with a model.
         base_model (`str`, *optional*): the repository of the model that was fine-tuned, named by the card and, as its
             base, by a pushed adapter. Needed for an adapter whose base was loaded from a folder.
+        facts: of the card, see [`~hf_reg.cards.Facts`]: `datasets=`, `license=`, `baseline=`, ...
 
     Returns:
         `CommitInfo`: of huggingface_hub; as a string, the URL of the commit.
@@ -94,7 +96,7 @@ def push_to_hub(
                 with explaining(name, api.endpoint):
                     (staged / CARD).write_bytes(repository.read(CARD, state, work / "cache"))  # what others wrote
             is_folder = isinstance(source, (str, os.PathLike))
-            make_card(staged, None if is_folder else source, repo_id=name, base_model=base_model)
+            make_card(staged, None if is_folder else source, repo_id=name, base_model=base_model, **facts)
             files = sorted(path.relative_to(staged).as_posix() for path in staged.rglob("*") if path.is_file())
             refuse_secrets(staged, files, token if isinstance(token, str) else get_token())
             with explaining(name, api.endpoint):

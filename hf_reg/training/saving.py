@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import re
+from collections.abc import Iterator
+from contextlib import contextmanager
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -45,20 +47,66 @@ def _left_over(folder: Path, written: set[str]) -> list[Path]:
     return [path for path in folder.iterdir() if WEIGHTS.fullmatch(path.name) and path.name not in written]
 
 
+@contextmanager
+def _without_token(args: Any) -> Iterator[None]:
+    """`training_args.bin` would hold it in clear, and `Trainer` uploads that file."""
+    token, args.hub_token = args.hub_token, None
+    try:
+        yield
+    finally:
+        args.hub_token = token
+
+
 class SavingMixin(_Base):
-    """What a trainer writes takes the place of an earlier checkpoint when it is complete, file by file."""
+    """What a trainer writes takes the place of an earlier checkpoint when it is complete, file by file; what it pushes
+    is what [`~hf_reg.push_to_hub`] pushes."""
 
     bare_model: Any
+
+    def push_to_hub(
+        self,
+        commit_message: str | None = "End of training",
+        blocking: bool = True,
+        token: str | None = None,
+        revision: str | None = None,
+        private: bool | None = None,
+        **facts: Any,
+    ) -> Any:
+        """[`~hf_reg.push_to_hub`] to `args.hub_model_id`: verified and with its card, in one commit.
+
+        Args:
+            commit_message, token, revision, private: as there; by default `args.hub_token` and the like.
+            blocking (`bool`, *optional*, defaults to `True`): must be so.
+            facts: of the card, as in `create_model_card`.
+
+        Raises:
+            `ValueError`: for `blocking=False`; see [`~hf_reg.push_to_hub`] for others.
+        """
+        if not blocking:
+            raise ValueError("push_to_hub(blocking=False): a push is verified and one commit. Leave blocking out.")
+        from ..cards.of_trainer import card_facts
+        from ..hub import push_to_hub
+
+        args, found = self.args, card_facts(**facts)
+        self.callback_handler.on_push_begin(args, self.state, self.control)
+        return push_to_hub(
+            self, getattr(self, "hub_model_id", None) or args.hub_model_id or Path(args.output_dir).resolve().name,
+            private=args.hub_private_repo if private is None else private, token=token or args.hub_token,
+            revision=revision or args.hub_revision, commit_message=commit_message or "End of training",
+            base_model=found.pop("base_model", None), **found,
+        )  # fmt: skip
 
     def _save(self, output_dir: str | None = None, state_dict: dict | None = None) -> None:
         folder = Path(self.args.output_dir if output_dir is None else output_dir)
         if not self.args.should_save:  # takes part in gathering
-            super()._save(str(folder), state_dict)
+            with _without_token(self.args):
+                super()._save(str(folder), state_dict)
             return
         with staging(folder) as unfinished:
             if (folder / "README.md").is_file():  # PEFT adds to a card that is there
                 (unfinished / "README.md").write_bytes((folder / "README.md").read_bytes())
-            super()._save(str(unfinished), state_dict)
+            with _without_token(self.args):
+                super()._save(str(unfinished), state_dict)
             _write_training(self.bare_model, unfinished)
             written = {path.name for path in unfinished.iterdir()}
         for path in _left_over(folder, written):

@@ -7,14 +7,15 @@ from pathlib import Path
 
 import pytest
 import torch
-from huggingface_hub import hf_hub_download
-from transformers import AutoModelForSequenceClassification
+from huggingface_hub import HfApi, hf_hub_download
+from transformers import AutoModelForSequenceClassification, trainer
 from typer.testing import CliRunner
 
-from hf_reg import load_regularized, patch_model
+from hf_reg import RegularizedTrainer, RegularizedTrainingArguments, load_regularized, patch_model
 from hf_reg.cli import app
 
 from ..adapters import models
+from .conftest import TOKEN
 from .server import HubServer
 
 
@@ -49,6 +50,28 @@ def test_push(hub: HubServer, bert: Path) -> None:
     stock = AutoModelForSequenceClassification.from_pretrained("alice/bert-tlm").eval()
     again = load_regularized(str(bert)).eval()
     torch.testing.assert_close(stock(ids).logits, again(ids).logits)
+
+
+def test_a_trainer_pushes_by_itself(hub: HubServer, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """After `save_model` with `push_to_hub=True`, and when asked; the token is in no file."""
+    monkeypatch.setattr(trainer, "hf_api", HfApi)  # transformers keeps one, of an earlier test's server
+    arguments = RegularizedTrainingArguments(
+        str(tmp_path / "run"), hub_token=TOKEN, push_to_hub=True, hub_model_id="alice/by-itself", use_cpu=True,
+        report_to="none", disable_tqdm=True,
+    )  # fmt: skip
+    made = RegularizedTrainer(model=models.build("bert"), args=arguments, patches="tlm", penalties={"l2_sp": 0.01})
+    made.save_model()
+    assert made.args.hub_token == TOKEN
+    assert TOKEN.encode() not in b"".join(path.read_bytes() for path in (tmp_path / "run").iterdir() if path.is_file())
+    card = Path(hf_hub_download("alice/by-itself", "README.md")).read_text()
+    assert "l2_sp" in card and "tlm" in card
+    made.push_to_hub("again", dataset_tags="alice/news", license="mit")
+    files = hub.repositories["alice/by-itself"].commits
+    assert len(files) == 3  # of the repository itself, and of each push
+    card = Path(hf_hub_download("alice/by-itself", "README.md", revision="main", force_download=True)).read_text()
+    assert "license: mit" in card and "alice/news" in card
+    with pytest.raises(ValueError, match="Leave blocking out"):
+        made.push_to_hub(blocking=False)
 
 
 def test_what_fails_verification_is_not_pushed(hub: HubServer, bert: Path) -> None:
