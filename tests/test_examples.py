@@ -34,8 +34,9 @@ def test_smoke(tmp_path: Path, name: str) -> None:
     )
     assert done.returncode == 0, done.stderr[-2000:]
     assert "loss_confidence" in done.stdout and "eval_loss" in done.stdout
-    assert json.loads((tmp_path / "config.json").read_text())["model_type"] in ("bert", "llama")
-    assert "hf_reg" not in (tmp_path / "config.json").read_text()
+    config = json.loads((tmp_path / "config.json").read_text())
+    assert config["model_type"] in ("bert", "llama")
+    assert config["hf_reg"]["patches"]["drophead"]["p"] == 0.1 and set(config["hf_reg"]["penalties"]) == {"confidence"}
 
 
 @pytest.mark.parametrize("name", [*SCRIPTS, "train_rpo"])

@@ -120,20 +120,24 @@ def test_a_base_that_the_user_named_stays(folder: Path) -> None:
     assert data.base_model == "owner/base" and data["base_model_relation"] == "merge"
 
 
-def test_the_trainer_pushes_our_card(folder: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    trainer = tlm(folder, hub_model_id="owner/name")
+def test_the_trainer_makes_and_pushes_our_card(folder: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    trainer = tlm(folder, hub_model_id="owner/name", hub_token="hf_secret")
     pushed: list[Any] = []
-
-    class Api:
-        def upload_folder(self, **kwargs: Any) -> None:
-            pushed.append(((folder / "README.md").read_text(), kwargs["repo_id"]))
-
-    monkeypatch.setattr("transformers.trainer.hf_api", Api)
-    trainer.hub_model_id = "owner/name"
-    trainer.push_to_hub(tags="extra", dataset_tags=["owner/news"], license="mit", baseline={"accuracy": 0.5})
-    ((text, repo),) = pushed
+    monkeypatch.setattr("hf_reg.hub.push_to_hub", lambda *source, **said: pushed.append((source, said)))
+    said = {"tags": "extra", "dataset_tags": ["owner/news"], "license": "mit", "baseline": {"accuracy": 0.5}}
+    trainer.push_to_hub(finetuned_from="owner/base", **said)
+    assert pushed == [
+        (
+            (trainer, "owner/name"),
+            {"private": None, "token": "hf_secret", "revision": None, "commit_message": "End of training",
+             "base_model": "owner/base", "tags": "extra", "datasets": ["owner/news"], "license": "mit",
+             "baseline": {"accuracy": 0.5}},
+        )
+    ]  # fmt: skip
+    trainer.create_model_card(model_name="name", repo_id="owner/name", **said)
+    text = (folder / "README.md").read_text()
     card = ModelCard(text)
-    assert repo == "owner/name" and 'from_pretrained("owner/name")' in text and "| `accuracy` |" in text
+    assert 'from_pretrained("owner/name")' in text and "| `accuracy` |" in text and "hf_secret" not in text
     assert card.data.tags[-1] == "extra" and card.data.datasets == ["owner/news"] and card.data.model_name == "name"
     assert "# name\n" in text and "generated automatically" not in text and check_metadata(text) == []
     monkeypatch.setattr(trainer, "is_world_process_zero", lambda: False)

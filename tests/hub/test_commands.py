@@ -7,8 +7,8 @@ from pathlib import Path
 
 import pytest
 import torch
-from huggingface_hub import HfApi, hf_hub_download
-from transformers import AutoModelForSequenceClassification, trainer
+from huggingface_hub import hf_hub_download
+from transformers import AutoModelForSequenceClassification
 from typer.testing import CliRunner
 
 from hf_reg import RegularizedTrainer, RegularizedTrainingArguments, load_regularized, patch_model
@@ -52,9 +52,8 @@ def test_push(hub: HubServer, bert: Path) -> None:
     torch.testing.assert_close(stock(ids).logits, again(ids).logits)
 
 
-def test_a_trainer_pushes_by_itself(hub: HubServer, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_a_trainer_pushes_by_itself(hub: HubServer, tmp_path: Path) -> None:
     """After `save_model` with `push_to_hub=True`, and when asked; the token is in no file."""
-    monkeypatch.setattr(trainer, "hf_api", HfApi)  # transformers keeps one, of an earlier test's server
     arguments = RegularizedTrainingArguments(
         str(tmp_path / "run"), hub_token=TOKEN, push_to_hub=True, hub_model_id="alice/by-itself", use_cpu=True,
         report_to="none", disable_tqdm=True,
