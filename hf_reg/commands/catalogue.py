@@ -101,7 +101,7 @@ CATALOGUE: dict[str, Entry] = {
     "ewc": Entry(
         "sum_j F_j (w_j - w0_j)^2 / 2",
         "Overcoming Catastrophic Forgetting in Neural Networks, arXiv 1612.00796",
-        "penalties=[EWC(fisher=fisher_information(model, loader), weight=100.0)]",
+        "penalties = [EWC(fisher=fisher_information(model, loader), weight=100.0)]",
     ),
     "r_drop": Entry(
         "mean over rows of (KL(p_a || p_b) + KL(p_b || p_a)) / 2, a and b two passes with different dropout",
