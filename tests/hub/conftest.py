@@ -10,7 +10,7 @@ from pathlib import Path
 import pytest
 import torch
 import transformers.utils.hub
-from huggingface_hub import close_session, constants
+from huggingface_hub import close_session, constants, hf_api
 from safetensors.torch import save_file
 
 from . import loopback, stubs
@@ -37,6 +37,7 @@ def talk_to(url: str, monkeypatch: pytest.MonkeyPatch) -> None:
         "HUGGINGFACE_CO_URL_TEMPLATE": url + "/{repo_id}/resolve/{revision}/{filename}",
     }.items():  # fmt: skip
         monkeypatch.setattr(constants, name, value)
+    monkeypatch.setattr(hf_api.api, "endpoint", url)  # whose methods are functions of the package
     monkeypatch.setattr(transformers.utils.hub, "_hf_api", None)  # one that it keeps, of an earlier server
     monkeypatch.setenv("HF_TOKEN", TOKEN)
 

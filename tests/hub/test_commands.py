@@ -8,13 +8,22 @@ from pathlib import Path
 import pytest
 import torch
 from huggingface_hub import hf_hub_download
-from transformers import AutoModelForSequenceClassification
+from peft import PeftModel
+from transformers import AutoModelForSequenceClassification, LlamaForCausalLM
 from typer.testing import CliRunner
 
-from hf_reg import RegularizedTrainer, RegularizedTrainingArguments, load_regularized, patch_model
+from hf_reg import (
+    RegularizedTrainer,
+    RegularizedTrainingArguments,
+    describe,
+    load_regularized,
+    patch_model,
+    push_to_hub,
+)
 from hf_reg.cli import app
 
 from ..adapters import models
+from ..preferences.models import llama, lora, trainer
 from .conftest import TOKEN
 from .server import HubServer
 
@@ -71,6 +80,24 @@ def test_a_trainer_pushes_by_itself(hub: HubServer, tmp_path: Path) -> None:
     assert "license: mit" in card and "alice/news" in card
     with pytest.raises(ValueError, match="Leave blocking out"):
         made.push_to_hub(blocking=False)
+
+
+def test_an_rpo_run_goes_there_and_back(hub: HubServer, tmp_path: Path) -> None:
+    """With the real verification and card; read by stock PEFT, and from the repository by `load_regularized`."""
+    made = trainer(tmp_path / "run", lora(moved=0.1), variant="cumulative", beta=0.3)
+    made.train()
+    push_to_hub(llama(), "alice/base")
+    push_to_hub(made, "alice/rpo", base_model="alice/base")
+    card = Path(hf_hub_download("alice/rpo", "README.md")).read_text()
+    assert "base_model: alice/base" in card and "2405.16436" in card and "beta = 0.3" in card
+    ids = torch.arange(5, 15)[None]
+    made.model.eval()
+    expected = made.model(ids).logits
+    stock = PeftModel.from_pretrained(LlamaForCausalLM.from_pretrained("alice/base"), "alice/rpo").eval()
+    torch.testing.assert_close(stock(ids).logits, expected)
+    torch.testing.assert_close(load_regularized("alice/rpo").eval()(ids).logits, expected)
+    push_to_hub(patch_model(models.build("bert"), "tlm", rate=0.2), "alice/bert")
+    assert "0.2" in str(describe(load_regularized("alice/bert")))
 
 
 def test_what_fails_verification_is_not_pushed(hub: HubServer, bert: Path) -> None:
