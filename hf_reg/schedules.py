@@ -27,7 +27,7 @@ class Schedule:
     peak: float = 1.0
 
     def factor(self, progress: float, losses: Sequence[float]) -> float:
-        raise NotImplementedError
+        raise NotImplementedError(f"{type(self).__name__} must define `factor(progress, losses)`.")
 
     def __call__(self, step: int, total: int, losses: Sequence[float] = ()) -> float:
         """The factor at `step` of `total` steps (0 <= step <= total); `losses` are the validation losses so far."""

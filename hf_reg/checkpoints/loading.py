@@ -37,7 +37,7 @@ REFUSED = {
     "state_dict": "the weights are those of the checkpoint",
     "adapter_kwargs": "an adapter is loaded from its own folder",
 }
-TASKS = {
+TASKS = {  # of peft, and the Auto class of each
     "CAUSAL_LM": "AutoModelForCausalLM",
     "SEQ_CLS": "AutoModelForSequenceClassification",
     "SEQ_2_SEQ_LM": "AutoModelForSeq2SeqLM",

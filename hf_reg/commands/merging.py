@@ -19,20 +19,13 @@ from rich.text import Text
 from safetensors import safe_open
 
 from ..adapters import MergeReport, merge_adapter
+from ..checkpoints.loading import TASKS
 from ..runs.errors import RunError, UseError, refused_as_run
 from ..tables import Shown
 
 
 __all__ = ["Merged", "merge_folder", "replacing_folder"]
 
-CLASSES = {  # of peft's task types
-    "CAUSAL_LM": "AutoModelForCausalLM",
-    "SEQ_CLS": "AutoModelForSequenceClassification",
-    "SEQ_2_SEQ_LM": "AutoModelForSeq2SeqLM",
-    "TOKEN_CLS": "AutoModelForTokenClassification",
-    "QUESTION_ANS": "AutoModelForQuestionAnswering",
-    "FEATURE_EXTRACTION": "AutoModel",
-}
 HEADS = ("classifier.out_proj.weight", "classifier.weight", "score.weight")  # whose rows are the classes
 SETTINGS, WEIGHTS, CONFIG = "adapter_config.json", "adapter_model.safetensors", "config.json"
 
@@ -111,12 +104,12 @@ def _settings(adapter: Path) -> PeftConfig:
 
 def _auto_class(settings: PeftConfig, adapter: Path) -> Any:
     own = (settings.auto_mapping or {}).get("base_model_class") if settings.auto_mapping else None
-    name = CLASSES.get(str(getattr(settings.task_type, "value", settings.task_type)), own)
+    name = TASKS.get(str(getattr(settings.task_type, "value", settings.task_type)), own)
     cls = getattr(transformers, name, None) if name else None
     if cls is None:
         raise RunError(
             f"{adapter / SETTINGS}: task_type {settings.task_type!r} says no class of transformers"
-            f"{f' (nor does {name})' if name else ''}. Known: {', '.join(CLASSES)}."
+            f"{f' (nor does {name})' if name else ''}. Known: {', '.join(TASKS)}."
         )
     return cls
 

@@ -30,7 +30,7 @@ class _Norm(Penalty):
         check_choice(self.name, "reduction", self.reduction, self.REDUCTION)
 
     def term(self, weight: torch.Tensor) -> torch.Tensor:
-        raise NotImplementedError
+        raise NotImplementedError(f"{type(self).__name__} must define `term(weight)`.")
 
     def __call__(self, model: nn.Module, inputs: Mapping[str, Any], outputs: Any) -> torch.Tensor:
         total, count = None, 0

@@ -17,6 +17,17 @@ from hf_reg.preferences.scoring import AnswerScores, Limits
 from ..architectures.configs import tiny_config
 
 
+CONFIGURATION = "its tiny configuration is that of a larger model, or not valid"
+UNTRIED = {  # of transformers 5.23; any other type that cannot be tried is a failure
+    **dict.fromkeys(
+        ("dots3_note", "emu3", "gemma4_assistant", "gemma4_unified_assistant", "llama4", "musicgen",
+         "musicgen_melody", "qwen3_5", "qwen3_5_moe", "qwen4_exp"),
+        CONFIGURATION,
+    ),
+    "gemma3n": "it needs timm",
+    "git": "it puts image tokens before the text, and compares other lengths",
+    "reformer": "it takes rows of one length only",
+}  # fmt: skip
 LENGTHS = ((6, 3, 5), (4, 4, 2), (7, 1, 6))
 
 
@@ -39,21 +50,17 @@ def test_log_probs_are_those_of_padded_rows(model_type: str, monkeypatch: pytest
     said: list[str] = []
     monkeypatch.setattr(messages.logger, "warning", said.append)
     generator = torch.Generator().manual_seed(0)
-    try:
-        model = build(model_type)
-        words = min(model.config.get_text_config().vocab_size, 50)
-        names = ("prompt_ids", "chosen_ids", "rejected_ids")
-        rows = [
-            {
-                name: torch.randint(3, words, (n,), generator=generator).tolist()
-                for name, n in zip(names, row, strict=True)
-            }
-            for row in LENGTHS
-        ]
-        batch = PreferenceCollator(0)(rows)
-        expected = AnswerScores(model, Limits(sharing="here"))(batch)[0]
-    except Exception as error:  # no tiny model of this type, or one that takes no padded text
-        pytest.skip(f"{type(error).__name__}: {str(error)[:100]}")
+    if model_type in UNTRIED:
+        pytest.skip(UNTRIED[model_type])
+    model = build(model_type)
+    words = min(model.config.get_text_config().vocab_size, 50)
+    names = ("prompt_ids", "chosen_ids", "rejected_ids")
+    rows = [
+        {name: torch.randint(3, words, (n,), generator=generator).tolist() for name, n in zip(names, row, strict=True)}
+        for row in LENGTHS
+    ]
+    batch = PreferenceCollator(0)(rows)
+    expected = AnswerScores(model, Limits(sharing="here"))(batch)[0]
     said.clear()
     scores = AnswerScores(model)
     found = scores(batch)[0]
