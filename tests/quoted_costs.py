@@ -1,4 +1,4 @@
-"""The costs that `hf-reg methods NAME` shows are lines of the benchmark's results.
+"""The costs that `hf-reg methods NAME` and the cards show are lines of the benchmark's results.
 
 `python -m tests.quoted_costs` quotes them anew after `make bench`.
 """
@@ -10,7 +10,7 @@ from pathlib import Path
 
 
 ROOT = Path(__file__).parents[1]
-COSTS, RESULTS = ROOT / "hf_reg" / "commands" / "costs.md", ROOT / "tests" / "benchmarks" / "results.md"
+COSTS, RESULTS = ROOT / "hf_reg" / "costs.md", ROOT / "tests" / "benchmarks" / "results.md"
 
 
 def key(line: str) -> tuple[str, ...]:

@@ -427,4 +427,4 @@ def test_completion_is_offered() -> None:
 
 def test_the_command_package_is_installed() -> None:
     text = (Path(hf_reg.__file__).parents[1] / "pyproject.toml").read_text()
-    assert '"hf_reg.commands"' in text and '"hf_reg.commands" = ["costs.md"]' in text
+    assert '"hf_reg.commands"' in text and (Path(hf_reg.__file__).parent / "costs.md").is_file()

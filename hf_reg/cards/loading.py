@@ -2,11 +2,7 @@
 
 from __future__ import annotations
 
-import re
-from dataclasses import MISSING, fields
-
-from .facts import Facts, Use
-from .private import LEFT_OUT, public
+from .facts import Facts
 
 
 __all__ = ["BASE", "REPO", "load_own", "load_plain"]
@@ -39,44 +35,23 @@ def load_plain(facts: Facts) -> str:
     )
 
 
-def _patching(use: Use) -> tuple[str, str]:
-    """The call that patches a model as this one was, and the schedule that it needs, if any."""
-    from ..patching import known_patches
-
-    cls, shown, schedule = known_patches().get(use.name), [], ""
-    defaults = {f.name: f.default for f in fields(cls) if f.default is not MISSING} if cls is not None else {}
-    for name, value in use.settings.items():
-        if value == LEFT_OUT or (cls is not None and name not in {f.name for f in fields(cls) if f.init}):
-            continue
-        if name in defaults and value == public(defaults[name]) and name != getattr(cls, "rate_field", None):
-            continue
-        if name == "schedule" and (found := re.match(r"(\w+)\(", value)):
-            schedule = found.group(1)
-        shown.append(f", {name}={value}")
-    return f'patch_model(model, "{use.name}"{"".join(shown)})', schedule
+def _regularized(facts: Facts) -> str:
+    """With hf_reg: the checkpoint's own record names the patches and the adapter."""
+    arguments = [f'"{facts.repo_id or REPO}"']
+    if facts.adapter:
+        arguments.append(f'auto_class="{_class(facts)}"')
+        arguments += [] if facts.base_model else [f'base="{BASE}"']
+        arguments += [] if facts.num_labels in (None, 2) else [f"num_labels={facts.num_labels}"]
+    return f"from hf_reg import load_regularized\n\nmodel = load_regularized({', '.join(arguments)}).train()"
 
 
 def load_own(facts: Facts) -> str:
     """With hf_reg, to train on as before."""
-    patches = [_patching(use) for use in facts.methods if use.kind == "patch"]
     terms = [f"`{use.name}`" for use in facts.methods if use.kind == "penalty"]
     svd = facts.adapter in ADAPTERS
-    text = ""
-    if patches or svd:
-        names = ["get_regularized_peft_model"] * svd + ["patch_model"] * bool(patches)
-        imports = [f"from hf_reg import {', '.join(names)}"]
-        schedules = sorted({schedule for _, schedule in patches if schedule})
-        imports += [f"from hf_reg.schedules import {', '.join(schedules)}"] * bool(schedules)
-        if svd:
-            imports += ["from huggingface_hub import snapshot_download", f"from transformers import {_class(facts)}"]
-            repo = facts.repo_id or REPO
-            body = [_base(facts), f'model = get_regularized_peft_model(base, snapshot_download("{repo}"))']
-        else:
-            plain = load_plain(facts).split("\n\n")
-            imports, body = imports + plain[0].split("\n"), plain[1].split("\n")
-        body += [call for call, _ in patches]
-        text = "With hf_reg, to train on as before:\n\n```python\n" + "\n".join([*imports, "", *body]) + "\n```\n\n"
-    if not text:
+    if svd or any(use.kind == "patch" for use in facts.methods):
+        text = f"With hf_reg, to train on as before:\n\n```python\n{_regularized(facts)}\n```\n\n"
+    else:
         text = "Nothing of hf_reg is needed to use it."
     for use in facts.methods:
         if use.kind == "loss":

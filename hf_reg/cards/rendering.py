@@ -7,9 +7,10 @@ from collections.abc import Iterable, Sequence
 from statistics import mean, stdev
 from typing import Any
 
+from ..costs import costs
 from .facts import Facts, Use
 from .loading import load_own, load_plain
-from .methods import COST_SOURCE, cost_of, method_of
+from .methods import cost_of, method_of
 
 
 __all__ = ["context_of", "title_of"]
@@ -137,7 +138,9 @@ def _cost(facts: Facts) -> str:
         lines.append(f"- {_code(use.name)}: {found}")
     if all(line.endswith("not measured") for line in lines):
         return "Cost of a training step: not measured." if lines else ""
-    return f"Cost of a training step, not of this run but from the {COST_SOURCE}:\n\n" + "\n".join(lines)
+    conditions = _inline(costs()[0].partition(". ")[0].removeprefix("Measured with "))
+    source = f"benchmarks of hf_reg ({conditions})"
+    return f"Cost of a training step, not of this run but from the {source}:\n\n" + "\n".join(lines)
 
 
 def _limits(facts: Facts) -> str:

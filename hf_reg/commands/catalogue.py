@@ -3,11 +3,9 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
-from pathlib import Path
-from typing import NamedTuple
 
 
-__all__ = ["CATALOGUE", "Cost", "Entry", "costs"]
+__all__ = ["CATALOGUE", "Entry"]
 
 
 @dataclass(frozen=True)
@@ -27,22 +25,13 @@ class Entry:
     measured: tuple[tuple[str, str], ...] = ()
 
 
-class Cost(NamedTuple):
-    """One measured ratio, ours to a peer's: 1.02 is 2 % more."""
-
-    section: str
-    case: str
-    ours: str
-    peer: str
-    ratio: float
-
-
 BA_LORA = "BA-LoRA, arXiv 2408.04556 (version 6)"
 RPO = "Provably Mitigating Overoptimization in RLHF: Your SFT Loss is Implicitly an Adversarial Regularizer, "
 RPO += "arXiv 2405.16436"
 H = "h = log pi(y_w) / pi_ref(y_w) - log pi(y_l) / pi_ref(y_l)"
 MULTIPLY, SKIP = ("DropHead", "multiply"), ("DropHead", "skip, p = 0.2")
 
+RUN = (("RPO", "RPOTrainer"), ("RPO", "RPOTrainer, precomputed"))
 CATALOGUE: dict[str, Entry] = {
     "tlm": Entry(
         "each layer selects token j with probability `rate`; by a fair coin it then attends to itself only "
@@ -132,17 +121,7 @@ CATALOGUE: dict[str, Entry] = {
         "adapter: {type: balora, r: 16}",
         (("BA-LoRA", "BA-LoRA"), ("BA-LoRA", "BA-LoRA, cached teacher")),
     ),
-    "rpo-cumulative": Entry(f"{H}", RPO, "train: {variant: cumulative, beta: 0.01, eta: 0.005}"),
-    "rpo-average": Entry(f"{H}", f"{RPO}, appendix F", "train: {variant: average, beta: 0.5, eta: 0.2}"),
-    "rpo-trl": Entry(f"{H}", f"{RPO}, as in TRL", "train: {variant: trl, beta: 0.01, eta: 0.005}"),
+    "rpo-cumulative": Entry(f"{H}", RPO, "train: {variant: cumulative, beta: 0.01, eta: 0.005}", RUN),
+    "rpo-average": Entry(f"{H}", f"{RPO}, appendix F", "train: {variant: average, beta: 0.5, eta: 0.2}", RUN),
+    "rpo-trl": Entry(f"{H}", f"{RPO}, as in TRL", "train: {variant: trl, beta: 0.01, eta: 0.005}", RUN),
 }
-
-
-def costs() -> tuple[str, list[Cost]]:
-    """On what the costs were measured, and the lines of costs.md: quoted from the benchmark's results."""
-    head, _, body = Path(__file__).with_name("costs.md").read_text(encoding="utf-8").partition("\n\n|")
-    rows = []
-    for line in body.splitlines()[2:]:
-        section, case, ours, peer, ratio = (cell.strip() for cell in line.strip().strip("|").split("|")[:5])
-        rows.append(Cost(section, case, ours, peer, float(ratio)))
-    return " ".join(head.split()), rows

@@ -10,10 +10,11 @@ from rich.console import Group, RenderableType
 from rich.table import Table
 from rich.text import Text
 
+from ..costs import Cost, costs
 from ..names import nearest
 from ..runs.errors import UseError
 from ..tables import Shown
-from .catalogue import CATALOGUE, Entry, costs
+from .catalogue import CATALOGUE, Entry
 from .docstrings import arguments, body, plain, summary
 
 
@@ -59,7 +60,7 @@ class Method(Shown):
         cost = {"measured": [one._asdict() for one in measured], "conditions": conditions if measured else None}
         return {**self.in_short(), "settings": settings, "notes": self.notes, **given, **example, "cost": cost}
 
-    def _costs(self) -> tuple[str, list[Any]]:
+    def _costs(self) -> tuple[str, list[Cost]]:
         conditions, rows = costs()
         wanted = self.entry.measured if self.entry else ()
         return conditions, [one for one in rows if (one.section, one.ours) in wanted]
