@@ -15,7 +15,6 @@ from .schedules import Schedule, make_schedule
 
 if TYPE_CHECKING:
     from .masks import BlockView, TokenView
-    from .sites import AttentionSite
 
 
 __all__ = ["Gate", "Patch", "Penalty", "RateGate", "check_choice", "check_range"]
@@ -54,6 +53,7 @@ class Patch:
 
     name: ClassVar[str] = ""
     formula: ClassVar[str] = ""  # for model cards
+    seam: ClassVar[str] = "attention"  # where it acts: "attention", "ffn" or "residual" (finding.py)
     acts_on: ClassVar[str] = "attention"  # in words, what `accepts` accepts
     rate_field: ClassVar[str | None] = None  # the setting that the schedule multiplies
     in_eval: ClassVar[bool] = False  # True only for deterministic interventions such as `head_mask`
@@ -89,26 +89,28 @@ class Patch:
         own = [f.name for f in fields(self) if f.name not in Patch.__dataclass_fields__]
         return {name: getattr(self, name) for name in (*own, "layers", "submodel", "schedule")}
 
-    def accepts(self, site: AttentionSite) -> bool:
+    def accepts(self, site: Any) -> bool:
         """Whether this method is meant for `site` (TLM: self-attention only)."""
         return True
 
-    def check(self, model: nn.Module, site: AttentionSite) -> None:
+    def check(self, model: nn.Module, site: Any) -> None:
         """Raise `ValueError` when the method cannot work at `site`; called for every site before anything changes."""
 
-    def gate(self, site: AttentionSite) -> Gate:
+    def gate(self, site: Any) -> Gate:
         """The live part for `site`."""
         raise NotImplementedError(f"{type(self).__name__} must define `gate(site)`.")
 
 
 class Gate(nn.Module):
-    """The live part of a patch inside one attention module. It owns no parameter and no persistent buffer.
+    """The live part of a patch inside one module. It owns no parameter and no persistent buffer.
 
-    A gate may do three things, each a no-op here:
+    At the attention seam a gate may do three things, each a no-op here:
 
     - `hide`, `hide_blocks`: take keys out of the attention mask (declared by `hides`),
     - `scales`: multiply the output of each head,
     - `wrap`: stand around the attention function itself.
+
+    At the FFN and residual seams it may `transform` what passes.
     """
 
     hides: ClassVar[bool] = False  # whether `hide` does anything
@@ -143,8 +145,16 @@ class Gate(nn.Module):
         """Factor on each head's output, (B | 1, H) float, or None for no change."""
         return None
 
-    def attach(self, model: nn.Module, site: AttentionSite) -> None:
-        """Called once the gate stands in `site.module`: the place to leave hooks (`SeamHook`s owned by the gate)."""
+    def transform(self, states: torch.Tensor) -> torch.Tensor:
+        """What goes on in place of `states`: the activation of an FFN, or the output of a residual branch, of any
+        leading shape (experts see their own tokens only)."""
+        return states
+
+    def attach(self, model: nn.Module, site: Any) -> None:
+        """Called once the gate stands at `site`: the place to leave hooks (`SeamHook`s owned by the gate)."""
+
+    def detach(self, model: nn.Module) -> None:
+        """Called when the gate is taken off: the place to undo what `attach` did beside leaving hooks."""
 
     def notes(self) -> str:
         """Anything that `describe` should add for this module, such as what is computed another way."""
@@ -210,6 +220,18 @@ class RateGate(nn.Dropout, Gate):
 
     def rates(self) -> Iterator[RateGate]:
         yield self
+
+    def drop(self, states: torch.Tensor, shape: Sequence[int] | None = None) -> torch.Tensor:
+        """Dropout at the rate in force, what stays scaled by 1 / (1 - rate).
+
+        Args:
+            states (`torch.Tensor`): of any shape.
+            shape (sequence of `int`, *optional*): of the mask, where it is shared along some dimensions (size 1).
+        """
+        if shape is None and not torch.compiler.is_compiling():
+            return nn.functional.dropout(states, min(self._p * self._factor, 1.0))
+        keep = torch.rand(states.shape if shape is None else shape, device=states.device) >= self.rate
+        return states * (keep / (1 - self.rate).clamp(min=1e-12)).to(states.dtype)
 
     def extra_repr(self) -> str:
         return f"p={self._p:g}, factor={self._factor:g}, {self.patch!r}"

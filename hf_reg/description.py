@@ -8,10 +8,13 @@ from typing import Any
 from rich.table import Table
 from torch import nn
 
+from .attaching import snapshot
 from .base import Gate, Patch
+from .finding import SEAMS, find_sites
+from .layers import ProjectionSite, Site
 from .patching import unwrap
-from .seams import SEAM
-from .sites import AttentionSite, find_attention, find_uncovered
+from .seams import gates
+from .sites import AttentionSite
 from .tables import Shown
 
 
@@ -74,6 +77,13 @@ def _settings(patch: Patch) -> str:
     return ", ".join(shown)
 
 
+def _reached(site: Site) -> str:
+    """How a place is reached: by which attention backend, or where."""
+    if isinstance(site, AttentionSite):
+        return str(site.implementation) if site.kind == "interface" else f"own code ({site.kind})"
+    return f"{site.kind} ({site.point})" if isinstance(site, ProjectionSite) else ""
+
+
 def _now(gate: Gate) -> str:
     rates = [part.p * part.factor for part in gate.rates()]
     if not rates:
@@ -100,19 +110,20 @@ def describe(model: Any) -> Shown:
 
 def _of_model(model: nn.Module) -> Description:
     inner = unwrap(model)
-    sites = find_attention(inner)
-    groups: dict[tuple[str, str], list[tuple[AttentionSite, Gate]]] = {}
-    for site in sites:
-        seam = site.module._modules.get(SEAM)
-        for name, gate in seam._modules.items() if seam is not None else ():
-            groups.setdefault((name, site.submodel), []).append((site, gate))  # type: ignore[arg-type]
+    used = {gate.patch.seam for gate in gates(inner)} | {"attention"}
+    places = {name: find_sites(inner, name) for name in SEAMS if name in used}
+    groups: dict[tuple[str, str], list[tuple[Any, Gate]]] = {}
+    for sites in places.values():
+        for name, members in snapshot(inner, sites).items():
+            for site, gate in members:
+                groups.setdefault((name, site.submodel), []).append((site, gate))
     rows = []
     for (name, submodel), members in groups.items():
         site, gate = members[0]
-        found = [other for other in sites if other.submodel == submodel and gate.patch.accepts(other)]
-        backends = sorted(
-            {str(m.implementation) if m.kind == "interface" else f"own code ({m.kind})" for m, _ in members}
-        )
+        found = [
+            other for other in places[gate.patch.seam] if other.submodel == submodel and gate.patch.accepts(other)
+        ]
+        backends = sorted({_reached(member) for member, _ in members})
         notes = sorted({text for _, member in members if (text := member.notes())})
         rows.append(
             Row(
@@ -122,4 +133,7 @@ def _of_model(model: nn.Module) -> Description:
         )  # fmt: skip
     kind = getattr(getattr(inner, "config", None), "model_type", None)
     title = f"{type(inner).__name__} ({kind})" if kind else type(inner).__name__
-    return Description(title, rows, len(sites), find_uncovered(inner, sites))
+    uncovered: dict[str, int] = {}
+    for name, sites in places.items():
+        uncovered |= SEAMS[name].uncovered(inner, sites)
+    return Description(title, rows, len(places["attention"]), uncovered)

@@ -3,28 +3,27 @@
 from __future__ import annotations
 
 import warnings
-from collections.abc import Collection, Iterator, Sequence
+from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import fields
 from functools import cache
 from importlib.metadata import entry_points
 from typing import Any, TypeVar
 
-import torch
 from torch import nn
 from torch.distributed.fsdp import FullyShardedDataParallel
 from torch.nn.parallel import DataParallel, DistributedDataParallel
 
-from .base import Gate, Patch
+from .attaching import Gates, attach, detach, forget_compiled, restore, snapshot
+from .base import Patch
 from .checkpoints.block import note_patches
+from .finding import SEAMS, find_sites
 from .names import nearest
-from .own_attention import connect, disconnect
-from .seams import SEAM, AttentionSeam, install
+from .seams import gates
 from .selection import select
-from .sites import AttentionSite, find_attention, find_uncovered
 
 
-__all__ = ["check_ran", "known_patches", "make_patch", "patch_model", "patched", "unpatch_model", "unwrap"]
+__all__ = ["known_patches", "make_patch", "patch_model", "patched", "unpatch_model", "unwrap"]
 
 Model = TypeVar("Model", bound=nn.Module)
 
@@ -91,7 +90,7 @@ def unwrap(model: nn.Module) -> nn.Module:
 
 
 def patch_model(model: Model, patch: str | Patch | Sequence[str | Patch], **settings: Any) -> Model:
-    """Regularize the attention modules of `model`: active in training, invisible in evaluation, gone after
+    """Regularize the attention modules or FFNs of `model`: active in training, invisible in evaluation, gone after
     `unpatch_model`.
 
     The model is changed in place: no module, forward or configuration is replaced. Checkpoints stay stock; the
@@ -130,90 +129,49 @@ def patch_model(model: Model, patch: str | Patch | Sequence[str | Patch], **sett
         raise ValueError(f"The same patch twice: {', '.join(names)}. Name each once.")
 
     inner = unwrap(model)
-    sites = find_attention(inner)
-    uncovered = find_uncovered(inner, sites)
-    plan = [(one, _plan(inner, one, sites, uncovered)) for one in patches]  # everything that can fail, fails here
+    found = {}
+    for name in {one.seam for one in patches}:
+        sites = find_sites(inner, name)
+        found[name] = sites, SEAMS[name].uncovered(inner, sites)
+    plan = [(one, _plan(inner, one, *found[one.seam])) for one in patches]  # everything that can fail, fails here
 
-    for one, gates in plan:
-        _warn_partial(one, gates, uncovered)  # before anything changes: a warning may be turned into an error
+    for one, chosen in plan:
+        _warn_partial(one, chosen, found[one.seam][1])  # before anything changes: a warning may become an error
 
-    install()
-    _forget_compiled()
-    for one, gates in plan:
-        _attach(inner, one, gates)
+    forget_compiled()
+    for one, chosen in plan:
+        attach(inner, one.name, chosen)
     note_patches(inner)
     return model
 
 
-def _plan(
-    model: nn.Module, patch: Patch, sites: list[AttentionSite], uncovered: dict[str, int]
-) -> list[tuple[AttentionSite, Gate]]:
+def _plan(model: nn.Module, patch: Patch, sites: list[Any], uncovered: dict[str, int]) -> Gates:
+    noun = SEAMS[patch.seam].noun
     kind = getattr(getattr(model, "config", None), "model_type", None) or type(model).__name__
     accepted = [site for site in sites if patch.accepts(site)]
     if not accepted:
         if sites:
-            reason = f"none of its {len(sites)} attention modules is {patch.acts_on}"
+            reason = f"none of its {len(sites)} {noun}s is {patch.acts_on}"
         elif uncovered:
-            reason = "its token mixing has code of its own: " + ", ".join(
-                f"{n} x {name}" for name, n in uncovered.items()
-            )
+            reason = f"{SEAMS[patch.seam].lacking}: " + ", ".join(f"{n} x {name}" for name, n in uncovered.items())
         else:
-            reason = "it has no attention module"
+            reason = f"it has no {noun}"
         raise ValueError(f"{patch.name} found nothing to patch in {kind!r}: {reason}.")
-    chosen = select(model, patch, accepted)
+    chosen = select(model, patch, accepted, noun)
     for site in chosen:
         patch.check(model, site)
     return [(site, patch.gate(site)) for site in chosen]
 
 
-def _attach(model: nn.Module, patch: Patch, gates: list[tuple[AttentionSite, Gate]]) -> None:
-    chosen = {site.module for site, _ in gates}
-    _detach(model, patch.name, keep_seams=chosen)
-    for site, gate in gates:
-        seam = site.module._modules.get(SEAM)
-        if seam is None:
-            seam = AttentionSeam(site.kind, site.prefix)
-            site.module.add_module(SEAM, seam)
-            connect(site.module, seam, site.kind)
-        reference = next(site.module.parameters(), None)
-        if reference is not None:
-            gate.to(reference.device)
-        seam.add_module(patch.name, gate)
-        seam.train(site.module.training)
-        gate.attach(model, site)
-
-
-def _detach(model: nn.Module, name: str | None, keep_seams: Collection[nn.Module] = ()) -> None:
-    """Take the gates called `name` (None: all) off, with their hooks, and then the seams left empty."""
-    modules = list(model.modules())
-    removed: list[Any] = []
-    for module in modules:
-        seam = module._modules.get(SEAM)
-        if seam is None:
-            continue
-        removed += [seam._modules.pop(key) for key in list(seam._modules) if name in (None, key)]
-        if not seam._modules and module not in keep_seams:
-            removed.append(module._modules.pop(SEAM))
-            disconnect(module)
-    for module in modules:
-        if removed:
-            disconnect(module, removed)
-
-
-def _warn_partial(patch: Patch, gates: list[Any], uncovered: dict[str, int]) -> None:
+def _warn_partial(patch: Patch, chosen: list[Any], uncovered: dict[str, int]) -> None:
     if uncovered and patch.submodel == "all":
         names = ", ".join(f"{count} x {name}" for name, count in uncovered.items())
         warnings.warn(
-            f"{patch.name} reaches {len(gates)} attention modules, but not those with code of their own: {names}. "
-            "They run unregularized; `print(describe(model))` shows what is covered.",
+            f"{patch.name} reaches {len(chosen)} {SEAMS[patch.seam].noun}s, but not those with code of their own: "
+            f"{names}. They run unregularized; `print(describe(model))` shows what is covered.",
             UserWarning,
             stacklevel=3,
         )
-
-
-def _forget_compiled() -> None:
-    """Compiled code is not told that a module changed: drop it, so that the next call compiles again."""
-    torch.compiler.reset()
 
 
 def unpatch_model(model: Model, patch: str | None = None) -> Model:
@@ -230,13 +188,12 @@ def unpatch_model(model: Model, patch: str | None = None) -> Model:
         `ValueError`: if `patch` names a method that is not on the model.
     """
     inner = unwrap(model)
-    seams = [module for module in inner.modules() if SEAM in module._modules]
-    present = sorted({name for module in seams for name in module._modules[SEAM]._modules})  # type: ignore[union-attr]
+    present = sorted({gate.patch.name for gate in gates(inner)})
     if patch is not None and patch not in present:
         raise ValueError(f"{patch!r} is not on this model; it carries {', '.join(present) or 'no patch'}.")
-    if seams:
-        _forget_compiled()
-        _detach(inner, patch)
+    if present:
+        forget_compiled()
+        detach(inner, patch)
         note_patches(inner)
     return model
 
@@ -245,55 +202,11 @@ def unpatch_model(model: Model, patch: str | None = None) -> Model:
 def patched(model: Model, patch: str | Patch | Sequence[str | Patch], **settings: Any) -> Iterator[Model]:
     """`patch_model` for a `with` block; the patches that were there before come back, also after an exception."""
     inner = unwrap(model)
-    before = _snapshot(inner)
+    before = snapshot(inner, [site for name in SEAMS for site in find_sites(inner, name)] if any(gates(inner)) else [])
     patch_model(model, patch, **settings)
     try:
         yield model
     finally:
         unpatch_model(model)
-        _restore(inner, before)
+        restore(inner, before)
         note_patches(inner)
-
-
-def _snapshot(model: nn.Module) -> list[tuple[nn.Module, AttentionSite, dict[str, Gate]]]:
-    sites = {site.path: site for site in find_attention(model)}
-    return [
-        (module, sites[path], dict(module._modules[SEAM]._modules))
-        for path, module in model.named_modules()
-        if SEAM in module._modules
-    ]
-
-
-def _restore(model: nn.Module, snapshot: list[tuple[nn.Module, AttentionSite, dict[str, Gate]]]) -> None:
-    by_patch: dict[str, list[tuple[AttentionSite, Gate]]] = {}
-    for _, site, gates in snapshot:
-        for name, gate in gates.items():
-            by_patch.setdefault(name, []).append((site, gate))
-    for found in by_patch.values():
-        _attach(model, found[0][1].patch, found)
-
-
-def check_ran(model: nn.Module) -> None:
-    """After a training step: raise if no patched module ran its patch, warn by name if some did not.
-
-    Raises:
-        `RuntimeError`: if no attention module of the step went through its patch.
-    """
-    inner = unwrap(model)
-    seams = {path: module._modules[SEAM] for path, module in inner.named_modules() if SEAM in module._modules}
-    waiting = {path: seam for path, seam in seams.items() if seam.enabled()}
-    silent = [path for path, seam in waiting.items() if not seam.ran]
-    if not silent:
-        return
-    if len(silent) == len(waiting):
-        raise RuntimeError(
-            f"The model took a training step, but none of its {len(waiting)} patched attention modules ran their "
-            f"patch (first: {silent[0]}). Its attention does not go through transformers' interface with these "
-            "settings; unpatch it, or report the model type."
-        )
-    warnings.warn(
-        f"{len(silent)} of {len(waiting)} patched attention modules did not run in this step: "
-        f"{', '.join(silent[:5])}.",
-        UserWarning,
-        stacklevel=2,
-    )

@@ -8,6 +8,7 @@ from typing import Any
 from torch import nn
 from torch.nn.modules.dropout import _DropoutNd
 
+from .base import Gate
 from .dropout.places import Map
 from .messages import say
 from .patching import unwrap
@@ -18,7 +19,6 @@ from .preferences.layouts import model_inputs
 from .preferences.precomputed import check_precomputing, precompute_reference
 from .preferences.reference import Reference, refuse_head
 from .preferences.trainer import PreferenceTrainer
-from .seams import SEAM
 from .tables import Shown
 from .trainer import RegularizerMixin
 
@@ -30,8 +30,8 @@ def _without_dropout(model: nn.Module) -> None:
     """Rate 0 for the model's and PEFT's dropout; its configuration and our patches are left alone."""
     for place in Map(unwrap(model)).places:
         setattr(place.owner, place.attribute, 0.0)
-    for path, module in model.named_modules():
-        if isinstance(module, _DropoutNd) and SEAM not in path.split("."):
+    for module in model.modules():
+        if isinstance(module, _DropoutNd) and not isinstance(module, Gate):
             module.p = 0.0
 
 

@@ -262,7 +262,7 @@ class ScheduleCallback(TrainerCallback):
 
     def on_step_end(self, args: Any, state: Any, control: Any, model: Any = None, **kwargs: Any) -> None:
         if not self._checked:
-            from .patching import check_ran
+            from .attaching import check_ran
 
             self._checked = True
             check_ran(model)

@@ -1,4 +1,5 @@
-"""The attention seam: the one function that the attention modules of transformers call, and what stands in its way.
+"""Seams, which carry the gates of patches; and the attention seam: the one function that the attention modules of
+transformers call, and what stands in its way.
 
 transformers sends nearly every attention module through `AttentionInterface.get_interface`. That method is wrapped
 once, at the first `patch_model`; what it returns looks for a child named `hf_reg` on the *calling module* and, without
@@ -20,26 +21,31 @@ from . import gathered, masks, segments
 from .base import Gate
 
 
-__all__ = ["SEAM", "AttentionSeam", "gates", "install"]
+__all__ = ["SEAM", "AttentionSeam", "Seam", "gates", "install", "seams"]
 
-SEAM = "hf_reg"  # name of the child module that carries the gates
+SEAM = "hf_reg"  # name of the child module that carries the gates, or how it begins (projection_seam.py)
 
 
-class AttentionSeam(nn.Module):
-    """The gates of one attention module, in the order in which they were attached."""
+class Seam(nn.Module):
+    """The gates at one place of a model, in the order in which they were attached."""
+
+    ran = False  # whether any gate has acted yet
+
+    def enabled(self) -> list[Gate]:
+        return [gate for gate in self.children() if isinstance(gate, Gate) and gate.enabled()]
+
+
+class AttentionSeam(Seam):
+    """The gates of one attention module."""
 
     def __init__(self, kind: str, prefix: bool) -> None:
         super().__init__()
         self.kind = kind
         self.prefix = prefix  # the module takes a cache, so keys before the queries are cached ones
-        self.ran = False  # whether any gate has acted yet
 
     def __setstate__(self, state: dict[str, Any]) -> None:
         install()  # a pickled or deep-copied model may wake up in a process that never called patch_model
         super().__setstate__(state)
-
-    def enabled(self) -> list[Gate]:
-        return [gate for gate in self.children() if isinstance(gate, Gate) and gate.enabled()]
 
     def attend(
         self,
@@ -119,8 +125,17 @@ def install() -> None:
     AttentionInterface.get_interface = get_interface
 
 
+def seams(model: nn.Module) -> list[tuple[str, nn.Module, str, Seam]]:
+    """Every seam in `model`: path of the module that carries it, that module, its name there, and the seam."""
+    return [
+        (path, module, name, child)
+        for path, module in model.named_modules()
+        for name, child in module._modules.items()
+        if isinstance(child, Seam)
+    ]
+
+
 def gates(model: nn.Module) -> Iterator[Gate]:
     """Every live gate in `model`."""
-    for module in model.modules():
-        if isinstance(module, AttentionSeam):
-            yield from module.children()  # type: ignore[misc]
+    for _, _, _, seam in seams(model):
+        yield from seam.children()  # type: ignore[misc]

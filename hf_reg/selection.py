@@ -8,7 +8,7 @@ from collections.abc import Sequence
 from torch import nn
 
 from .base import Patch
-from .sites import AttentionSite
+from .layers import Site
 
 
 __all__ = ["select"]
@@ -38,7 +38,7 @@ def _indices(layers: str | int | Sequence[int], total: int) -> set[int] | None:
     return {i + total if i < 0 else i for i in layers if -total <= i < total}
 
 
-def _roles(model: nn.Module, sites: Sequence[AttentionSite]) -> dict[str, set[str]]:
+def _roles(model: nn.Module, sites: Sequence[Site]) -> dict[str, set[str]]:
     """The names by which each sub-model can be called: its path, its last component, and its role in the
     configuration."""
     config = getattr(model, "config", None)
@@ -59,7 +59,7 @@ def _roles(model: nn.Module, sites: Sequence[AttentionSite]) -> dict[str, set[st
     return names
 
 
-def select(model: nn.Module, patch: Patch, sites: list[AttentionSite]) -> list[AttentionSite]:
+def select(model: nn.Module, patch: Patch, sites: list[Site], noun: str = "attention module") -> list[Site]:
     """The sites that `patch` asks for.
 
     Raises:
@@ -94,7 +94,5 @@ def select(model: nn.Module, patch: Patch, sites: list[AttentionSite]) -> list[A
             raise ValueError(f"{patch.name}: layers {beyond} do not exist. Layers of this model: {shown}.")
     selected = [site for site in sites if site.layer in chosen[site.submodel]]
     if not selected:
-        raise ValueError(
-            f"{patch.name}: layers={patch.layers!r} selects no attention module. Layers of this model: {shown}."
-        )
+        raise ValueError(f"{patch.name}: layers={patch.layers!r} selects no {noun}. Layers of this model: {shown}.")
     return selected

@@ -6,12 +6,14 @@ import functools
 import inspect
 import re
 from collections.abc import Iterator
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from types import CodeType
 from typing import Any
 
 from torch import nn
 from transformers.modeling_utils import PreTrainedModel
+
+from .layers import Site, layer_lists, locate
 
 
 __all__ = ["AttentionSite", "find_attention", "find_uncovered"]
@@ -40,15 +42,9 @@ ARITHMETIC = (
 
 
 @dataclass(frozen=True)
-class AttentionSite:
+class AttentionSite(Site):
     """One attention module of a model, and what is known about it without running the model."""
 
-    module: nn.Module = field(repr=False)
-    path: str
-    submodel: str  # path of the innermost PreTrainedModel that holds it; "" is the model itself
-    submodel_class: str
-    layer: int  # index within the sub-model's list of layers
-    layers: int  # length of that list
     cross: bool
     heads: int | None
     groups: int | None  # key/value heads, each shared by heads / groups query heads
@@ -138,37 +134,8 @@ def count_groups(module: nn.Module) -> int | None:
     return heads
 
 
-def layer_lists(model: nn.Module) -> dict[str, nn.ModuleList]:
-    return {
-        name: module for name, module in model.named_modules() if isinstance(module, nn.ModuleList) and len(module)
-    }
-
-
-def layer_key(path: str, lists: dict[str, nn.ModuleList]) -> tuple[str, ...]:
-    """The path of the layer that holds `path`: the names of the lists' elements from the outermost to the one taken.
-
-    The innermost list of like modules is the list of layers (Swin: the blocks of a stage); a list of unlike modules,
-    such as the sub-layers of a T5 block, counts only when there is no other.
-    """
-    parts = path.split(".")
-    on_path = [
-        ".".join(parts[:i]) for i in range(1, len(parts)) if ".".join(parts[:i]) in lists and parts[i].isdigit()
-    ]
-    alike = [name for name in on_path if len({type(element) for element in lists[name]}) == 1]
-    if alike:
-        on_path = on_path[: on_path.index(alike[-1]) + 1]
-        on_path = [name for name in on_path if name in alike]
-    else:
-        on_path = on_path[:1]
-    return tuple(f"{name}.{parts[len(name.split('.'))]}" for name in on_path)
-
-
 def find_attention(model: nn.Module) -> list[AttentionSite]:
     """Every attention module of `model` that can be patched, in the order of `named_modules`."""
-    lists = layer_lists(model)
-    pretrained = {
-        name: type(module).__name__ for name, module in model.named_modules() if isinstance(module, PreTrainedModel)
-    }
     found: list[tuple[str, nn.Module, str]] = []
     for path, module in model.named_modules():
         kind = "interface" if uses_interface(module) else reach(module)
@@ -180,44 +147,20 @@ def find_attention(model: nn.Module) -> list[AttentionSite]:
         for path, module, kind in found
         if kind == "interface" or not any(other.startswith(f"{path}.") for other in reached)
     ]
-    numbered: dict[str, dict[tuple[str, ...], int]] = {}
-    single: dict[tuple[str, ...], int] = {}
-    rows = []
-    for path, module, kind in found:
-        submodel = max((name for name in pretrained if not name or path.startswith(f"{name}.")), key=len, default="")
-        key = layer_key(path, lists) or (path,)
-        order = numbered.setdefault(submodel, {})
-        order.setdefault(key, len(order))
-        if len(key) == 1 and key[0] != path:  # one plain list: the index users see in the model is the layer's number
-            single[key] = int(key[0].rsplit(".", 1)[1])
-        rows.append((path, module, kind, submodel, key))
+    located = locate(model, [path for path, _, _ in found], layer_lists(model))
     sites = []
-    for path, module, kind, submodel, key in rows:
-        plain = len({k[0].rsplit(".", 1)[0] for k in numbered[submodel]}) == 1 and all(
-            k in single for k in numbered[submodel]
-        )
-        layer = single[key] if plain else numbered[submodel][key]
-        total = len(lists[key[0].rsplit(".", 1)[0]]) if plain else len(numbered[submodel])
+    for (path, module, kind), (submodel, submodel_class, layer, layers) in zip(found, located, strict=True):
         cross = bool(getattr(module, "is_cross_attention", False)) or bool(
             CROSS.search(type(module).__name__)
             or CROSS.search(path.removeprefix(f"{submodel}.") if submodel else path)
         )
-        name = pretrained.get(submodel, type(model).__name__)
+        prefix = takes_argument(module, "past_key_values", "past_key_value", "layer_past")
+        heads, groups = count_heads(module), count_groups(module)
         sites.append(
             AttentionSite(
-                module,
-                path,
-                submodel,
-                name,
-                layer,
-                total,
-                cross,
-                count_heads(module),
-                count_groups(module),
-                kind,
-                takes_argument(module, "past_key_values", "past_key_value", "layer_past"),
+                module, path, submodel, submodel_class, layer, layers, cross, heads, groups, kind, prefix
             )
-        )
+        )  # fmt: skip
     return sites
 
 

@@ -2,10 +2,18 @@
 
 from hf_reg.base import Patch
 from hf_reg.patches.drophead import DropHead
+from hf_reg.patches.ffn_dropout import FfnDropout
 from hf_reg.patches.head_mask import HeadMask
+from hf_reg.patches.residual_dropout import ResidualDropout
 from hf_reg.patches.tlm import TLM
 
 
-__all__ = ["PATCHES", "TLM", "DropHead", "HeadMask"]
+__all__ = ["PATCHES", "TLM", "DropHead", "FfnDropout", "HeadMask", "ResidualDropout"]
 
-PATCHES: dict[str, type[Patch]] = {"tlm": TLM, "drophead": DropHead, "head_mask": HeadMask}
+PATCHES: dict[str, type[Patch]] = {
+    "tlm": TLM,
+    "drophead": DropHead,
+    "head_mask": HeadMask,
+    "ffn_dropout": FfnDropout,
+    "residual_dropout": ResidualDropout,
+}

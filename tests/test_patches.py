@@ -17,9 +17,10 @@ ARCHITECTURES = [
 ]  # fmt: skip
 # Where a property cannot apply, and why. Anything else that reports "not applicable" is a failure: nothing goes
 # vacuous here.
-NOT_APPLICABLE = {
+NOT_APPLICABLE: set[tuple[str, ...]] = {
     ("vit", "visibility_respected"), ("whisper", "visibility_respected"),  # no input_ids
     ("deberta-v2", "backends_agree"),  # own attention code: one backend
+    ("mixtral", "visibility_respected", "ffn_dropout"),  # the order of the draws follows the routing
 }  # fmt: skip
 
 
@@ -29,7 +30,8 @@ def test_every_property(model_type: str, patch: str) -> None:
     case = Case(model_type, patch, build(model_type))
     for name in PROPERTIES:
         reason = check(case, name)
-        assert (reason is not None) == ((model_type, name) in NOT_APPLICABLE), f"{name}: {reason}"
+        excused = (model_type, name) in NOT_APPLICABLE or (model_type, name, patch) in NOT_APPLICABLE
+        assert (reason is not None) == excused, f"{name}: {reason}"
 
 
 @pytest.mark.parametrize(

@@ -12,8 +12,8 @@ from torch import nn
 from transformers import AutoConfig, AutoModel
 
 from hf_reg import describe, patch_model, patched, unpatch_model
+from hf_reg.attaching import check_ran
 from hf_reg.patches import TLM, DropHead, HeadMask
-from hf_reg.patching import check_ran
 from hf_reg.seams import SEAM, gates
 from hf_reg.sites import find_attention
 
@@ -312,7 +312,7 @@ def test_packed_sequences_stay_apart() -> None:
 
 def test_check_ran(bert: nn.Module) -> None:
     patch_model(bert, "tlm")
-    with pytest.raises(RuntimeError, match="none of its 2 patched attention modules ran their patch"):
+    with pytest.raises(RuntimeError, match="none of its 2 patched modules ran their patch"):
         check_ran(bert)
     forward(bert, build("bert").inputs)
     check_ran(bert)

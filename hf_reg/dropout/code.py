@@ -8,21 +8,13 @@ import inspect
 import textwrap
 
 from torch import nn
-from transformers.pytorch_utils import Conv1D
+
+from ..ffn_sites import widths
 
 
-__all__ = ["is_between", "is_used", "widths"]
+__all__ = ["is_between", "is_used"]
 
 PLATFORM = ("torch.", "transformers.modeling_utils", "transformers.generation", "transformers.utils")
-
-
-def widths(module: nn.Module) -> tuple[int, int] | None:
-    """Input and output width of a linear layer, PEFT's wrappers and GPT-2's Conv1D included."""
-    if isinstance(module, Conv1D):
-        return module.nx, module.nf
-    if isinstance(module, nn.Linear) or (hasattr(module, "base_layer") and hasattr(module, "in_features")):
-        return int(module.in_features), int(module.out_features)  # type: ignore[arg-type]
-    return None
 
 
 class _Uses(ast.NodeVisitor):

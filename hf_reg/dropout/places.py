@@ -10,9 +10,11 @@ from dataclasses import dataclass
 from torch import nn
 
 from ..base import Gate
-from ..sites import OWN, AttentionSite, find_attention, find_uncovered, layer_key, layer_lists
+from ..ffn_sites import find_ffn, is_fused, mixes_tokens
+from ..layers import layer_key, layer_lists
+from ..sites import AttentionSite, find_attention, find_uncovered
 from .added import GATES, AddedDropout
-from .code import is_between, is_used, widths
+from .code import is_between, is_used
 
 
 __all__ = ["ACTIVATION", "DROP", "PLAIN", "PROBABILITIES", "Map", "Place", "under"]
@@ -26,8 +28,6 @@ HEADS = re.compile(r"DropPath|Classif|(LM|Prediction)Head|Pooler|Quantizer|Summa
 PROBABILITIES = re.compile(r"att(n|ention)?_(weights?_|probs?_)?p?drop")
 PLAIN = re.compile(r"p?_?drop(out)?(_p|_prob|_rate)?")
 ACTIVATION = re.compile(r"act(ivation)?_(fn_)?drop|intermediate_drop")
-FFN = re.compile(r"Mlp|MLP|FeedForward|FFN|Expert")
-DOWN = re.compile(r"down_proj|fc2|c_proj|w2|wo|lin2|linear2|dense_4h_to_h", re.IGNORECASE)
 
 
 @dataclass(frozen=True)
@@ -49,17 +49,6 @@ def under(path: str, root: str) -> bool:
     return not root or path == root or path.startswith(f"{root}.")
 
 
-def _mixes(module: nn.Module) -> bool:
-    name = type(module).__name__
-    return OWN.search(name) is not None and FFN.search(name) is None
-
-
-def _is_fused(module: nn.Module) -> bool:
-    """Experts in one tensor: two or more parameters (experts, in, out)."""
-    sizes = Counter(len(p) for p in module.parameters(recurse=False) if p.dim() == 3 and len(p) > 1)
-    return any(count > 1 for count in sizes.values())
-
-
 class Map:
     """Where everything is in one model: its layers, the projections of their FFN, and its own dropout by kind."""
 
@@ -68,43 +57,24 @@ class Map:
         self.sites: list[AttentionSite] = find_attention(model)
         self.mixers = {site.module for site in self.sites}
         lists = layer_lists(model)
-        mixing = [path for path, module in model.named_modules() if module in self.mixers or _mixes(module)]
+        mixing = [path for path, module in model.named_modules() if module in self.mixers or mixes_tokens(module)]
         keys = [key[-1].rpartition(".")[0] for path in mixing if (key := layer_key(path, lists))]
         self.layers = {f"{p}.{i}": layer for p in dict.fromkeys(keys) for i, layer in enumerate(lists[p])}
-        self.downs: dict[str, nn.Module] = {}
+        self.downs = {
+            site.path: site.module
+            for site in find_ffn(model)
+            if site.kind == "projection" and any(under(site.path, path) for path in self.layers)
+        }
         self.branches: dict[str, nn.Module] = {}  # modules whose output is that of an FFN
         for path, layer in self.layers.items():
-            self._find_downs(path, layer)
             self._find_branches(path, layer)
         self.places = list(self._own_places())
 
     def _children(self, path: str, module: nn.Module) -> Iterator[tuple[str, nn.Module]]:
         """Children that do not mix tokens."""
         for name, child in module.named_children():
-            if child not in self.mixers and not _mixes(child) and name not in GATES.values():
+            if child not in self.mixers and not mixes_tokens(child) and name not in GATES.values():
                 yield f"{path}.{name}", child
-
-    def _linears(self, path: str, module: nn.Module) -> Iterator[tuple[str, nn.Module, int, int]]:
-        for here, child in self._children(path, module):
-            found = widths(child)
-            if found is not None:
-                yield here, child, *found
-            else:
-                yield from self._linears(here, child)
-
-    def _find_downs(self, path: str, layer: nn.Module) -> None:
-        """Linear layers that undo another's change of width; where both undo each other, names or widths tell."""
-        linears = list(self._linears(path, layer))
-        pairs = {
-            here: (module, wide > narrow)
-            for here, module, wide, narrow in linears
-            if any(o is not module and i == narrow and out in (wide, 2 * wide) for _, o, i, out in linears)
-        }
-        named = {here.rpartition(".")[0] for here in pairs if DOWN.fullmatch(here.rpartition(".")[2])}
-        for here, (module, narrows) in pairs.items():
-            parent, _, name = here.rpartition(".")
-            if DOWN.fullmatch(name) or (narrows and parent not in named):
-                self.downs[here] = module
 
     def _find_branches(self, path: str, module: nn.Module) -> None:
         for here, child in self._children(path, module):
@@ -118,7 +88,9 @@ class Map:
                 self.branches[here] = child
 
     def _fused(self, module: nn.Module) -> list[str]:
-        return [type(m).__name__ for m in module.modules() if _is_fused(m) and m not in self.mixers and not _mixes(m)]
+        return [
+            type(m).__name__ for m in module.modules() if is_fused(m) and m not in self.mixers and not mixes_tokens(m)
+        ]
 
     def _own_places(self) -> Iterator[Place]:
         base = getattr(self.model, "base_model", self.model)

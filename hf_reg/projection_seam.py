@@ -1,0 +1,98 @@
+"""The FFN and residual seams: what enters or leaves one projection passes through the gates.
+
+The gates stand in a child of the module that holds the projection, and a hook on the projection sends the tensor
+through them. A projection that PEFT wraps, or unwraps, is followed before the next forward, so that the path through
+the adapter is regularized as well.
+"""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+from torch import nn
+
+from .layers import ProjectionSite
+from .own_attention import SeamHook, disconnect
+from .seams import SEAM, Seam
+
+
+__all__ = ["ProjectionSeam", "connect_projection", "projection_key"]
+
+
+class ProjectionSeam(Seam):
+    """The gates at the input or the output (`point`) of the child `name` of the module that carries this."""
+
+    def __init__(self, name: str, point: str) -> None:
+        super().__init__()
+        self.name, self.point = name, point
+
+    def send(self, states: torch.Tensor) -> torch.Tensor:
+        """`states` after every gate that is on."""
+        for gate in self.enabled():
+            states = gate.transform(states)
+            if not torch.compiler.is_compiling():
+                self.ran = True
+        return states
+
+
+class _SendInput(SeamHook):
+    """Forward pre-hook of the projection."""
+
+    def __init__(self, seam: ProjectionSeam) -> None:
+        self.owner = seam
+
+    def __call__(self, module: nn.Module, args: tuple[Any, ...]) -> Any:
+        return (self.owner.send(args[0]), *args[1:]) if self.owner.training and args else None
+
+
+class _SendOutput(SeamHook):
+    """Forward hook of the projection."""
+
+    def __init__(self, seam: ProjectionSeam) -> None:
+        self.owner = seam
+
+    def __call__(self, module: nn.Module, args: Any, output: Any) -> Any:
+        if not self.owner.training:
+            return None
+        if isinstance(output, tuple):  # a mixture of experts may return the scores of its router as well
+            return (self.owner.send(output[0]), *output[1:])
+        return self.owner.send(output)
+
+
+class _Follow(SeamHook):
+    """Forward pre-hook of the module that holds the projection: moves the hook when the projection was replaced."""
+
+    def __init__(self, seam: ProjectionSeam, target: nn.Module) -> None:
+        self.owner, self.target = seam, target
+
+    def __call__(self, module: nn.Module, args: Any) -> None:
+        current = module._modules[self.owner.name]
+        if current is not self.target:
+            self.move(current)
+
+    @torch.compiler.disable  # never reached in a compiled forward: wrapping a model comes before compiling it
+    def move(self, current: nn.Module) -> None:
+        disconnect(self.target, [self.owner])
+        _hook(current, self.owner)
+        self.target = current
+
+
+def _hook(target: nn.Module, seam: ProjectionSeam) -> None:
+    if seam.point == "input":
+        target.register_forward_pre_hook(_SendInput(seam))
+    else:
+        target.register_forward_hook(_SendOutput(seam))
+
+
+def projection_key(site: ProjectionSite) -> str:
+    """Name of the seam of `site` in its parent; by number, since PEFT finds modules by the ends of their names."""
+    return f"{SEAM}_{list(site.parent._modules).index(site.name)}_{site.point}"
+
+
+def connect_projection(site: ProjectionSite, seam: ProjectionSeam) -> None:
+    """Leave the hooks that send what passes `site` through `seam`."""
+    target = site.parent._modules[site.name]
+    assert target is not None
+    _hook(target, seam)
+    site.parent.register_forward_pre_hook(_Follow(seam, target))
