@@ -169,7 +169,8 @@ def find_ffn(model: nn.Module) -> list[FfnSite]:
         mixing = module in mixers or mixes_tokens(module)
         if mixing or (listed and FFN.search(type(module).__name__)):  # XLM keeps its FFNs in a list of their own
             key = layer_key(f"{path}.x" if listed else path, lists)
-            if key and not (mixing and key[-1] == path):
+            key = key[:-1] if mixing and key[-1:] == (path,) else key  # a list of mixers inside of a layer
+            if key:
                 scopes[key[-1]] = None
     found: list[tuple[str, nn.Module, str, str, tuple[str, ...], int | None, bool, str]] = []
     for scope in scopes:

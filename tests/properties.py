@@ -23,17 +23,18 @@ from transformers import PreTrainedConfig, PreTrainedModel
 from hf_reg import patch_model, unpatch_model
 from hf_reg.base import Gate
 from hf_reg.ffn_sites import find_ffn
+from hf_reg.patching import known_patches
 from hf_reg.seams import gates
 from hf_reg.sites import find_attention
 
 from .architectures import Tiny, build, forward, quiet, tensors
 
 
+# Every method, at a rate at which it cannot be missed; `head_mask` has no default and acts in eval mode by design.
 PATCHES: dict[str, dict[str, Any]] = {
-    "tlm": {"rate": 0.5},
-    "drophead": {"p": 0.5},
-    "ffn_dropout": {"p": 0.5},
-    "residual_dropout": {"p": 0.5},
+    name: {cls.rate_field: 0.5} if cls.rate_field else {}
+    for name, cls in known_patches().items()
+    if name != "head_mask"
 }
 
 

@@ -23,7 +23,7 @@ from typer.testing import CliRunner, Result
 import hf_reg
 from hf_reg import describe, get_regularized_peft_model, patch_model, unpatch_model
 from hf_reg.cli import app
-from hf_reg.commands.catalogue import CATALOGUE
+from hf_reg.commands.catalogue import CATALOGUE, entry_of
 from hf_reg.commands.docstrings import arguments, body, plain
 from hf_reg.commands.inspection import build_empty, inspect_model, trial_settings
 from hf_reg.commands.methods import known_methods
@@ -79,14 +79,16 @@ def test_methods_lists_every_method() -> None:
 
 def test_every_method_has_an_entry_and_says_where_its_defaults_come_from() -> None:
     known = known_methods()
-    assert {method.name for method in known} == set(CATALOGUE)
+    assert {method.name for method in known} == set(CATALOGUE) | set(PATCHES)
+    for method in known:
+        assert method.entry is not None and method.entry.definition and method.entry.paper, method.name
     for method in known:
         assert method.entry is not None and method.entry.definition and method.entry.paper
         unsaid = [name for name in method.settings if not method.said.get(name)]
         assert not unsaid, (method.name, unsaid)
 
 
-@pytest.mark.parametrize("name", list(CATALOGUE))
+@pytest.mark.parametrize("name", sorted({*CATALOGUE, *PATCHES}))
 def test_one_method_in_full(name: str) -> None:
     found, shown = said("methods", name), run("methods", name)
     assert shown.exit_code == 0, shown.output
@@ -114,12 +116,14 @@ def test_the_examples_of_patches_and_recipes_work() -> None:
     from hf_reg.recipes import make_penalties
     from hf_reg.yaml_text import load_yaml
 
+    for name, cls in PATCHES.items():
+        model = build("llama")
+        eval(entry_of(name, cls).example, {"patch_model": patch_model, "model": model})  # noqa: S307
+        assert name in str(describe(model))
     for name, entry in CATALOGUE.items():
         if name in PATCHES:
-            model = build("llama")
-            eval(entry.example, {"patch_model": patch_model, "model": model})  # noqa: S307
-            assert name in str(describe(model))
-        elif name in PENALTIES and name != "ewc":  # which needs a loader
+            continue
+        if name in PENALTIES and name != "ewc":  # which needs a loader
             assert make_penalties(load_yaml(entry.example)["penalties"])[0].name == name
         elif name != "ewc":
             assert load_yaml(entry.example)

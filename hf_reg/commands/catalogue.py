@@ -2,10 +2,16 @@
 
 from __future__ import annotations
 
+import re
 from dataclasses import dataclass
+from typing import Any
+
+from ..costs import costs
 
 
-__all__ = ["CATALOGUE", "Entry"]
+__all__ = ["CATALOGUE", "Entry", "entry_of"]
+
+SOURCE = re.compile(r"From \*(.+?)\*\s+\((.+?)\)", re.DOTALL)
 
 
 @dataclass(frozen=True)
@@ -125,3 +131,14 @@ CATALOGUE: dict[str, Entry] = {
     "rpo-average": Entry(f"{H}", f"{RPO}, appendix F", "train: {variant: average, beta: 0.5, eta: 0.2}", RUN),
     "rpo-trl": Entry(f"{H}", f"{RPO}, as in TRL", "train: {variant: trl, beta: 0.01, eta: 0.005}", RUN),
 }
+
+
+def entry_of(name: str, patch: Any) -> Entry:
+    """What there is to say of a patch: the entry of the catalogue, or else its formula, the paper that its docstring
+    begins with, and the costs under its name."""
+    if name in CATALOGUE:
+        return CATALOGUE[name]
+    found = SOURCE.search(patch.__doc__ or "")
+    paper = " ".join(f"{found[1]}, {found[2]}".split()) if found else ""
+    measured = tuple({(one.section, one.ours): None for one in costs()[1] if one.ours == name})
+    return Entry(patch.formula, paper, f'patch_model(model, "{name}")', measured)

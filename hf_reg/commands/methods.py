@@ -14,7 +14,7 @@ from ..costs import Cost, costs
 from ..names import nearest
 from ..runs.errors import UseError
 from ..tables import Shown
-from .catalogue import CATALOGUE, Entry
+from .catalogue import CATALOGUE, Entry, entry_of
 from .docstrings import arguments, body, plain, summary
 
 
@@ -102,7 +102,8 @@ def _defaults(cls: Any) -> dict[str, Any]:
 
 
 def _method(name: str, kind: str, cls: type, settings: dict[str, Any]) -> Method:
-    return Method(name, kind, summary(cls), settings, arguments(cls), body(cls), CATALOGUE.get(name))
+    entry = entry_of(name, cls) if kind == "patch" else CATALOGUE.get(name)
+    return Method(name, kind, summary(cls), settings, arguments(cls), body(cls), entry)
 
 
 def _adapters() -> list[Method]:
