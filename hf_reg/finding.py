@@ -22,13 +22,14 @@ class Kind:
     """One kind of place.
 
     Args:
-        noun (`str`): what it is called in messages.
+        noun, nouns (`str`): what one, and several, are called in messages.
         find: the places of a model.
         uncovered: what of this kind is out of reach, by class, given the places.
         lacking (`str`): said of a model that has nothing of it.
     """
 
     noun: str
+    nouns: str
     find: Callable[[nn.Module], Sequence[Site]]
     uncovered: Callable[[nn.Module, Any], dict[str, int]]
     lacking: str
@@ -39,9 +40,13 @@ def _uncovered_branches(model: nn.Module, sites: Any) -> dict[str, int]:
 
 
 SEAMS = {
-    "attention": Kind("attention module", find_attention, find_uncovered, "its token mixing has code of its own"),
-    "ffn": Kind("FFN", find_ffn, find_ffn_uncovered, "its FFNs have code of their own"),
-    "residual": Kind("residual branch", find_branches, _uncovered_branches, "its layers have code of their own"),
+    "attention": Kind(
+        "attention module", "attention modules", find_attention, find_uncovered, "its token mixing has code of its own"
+    ),
+    "ffn": Kind("FFN", "FFNs", find_ffn, find_ffn_uncovered, "its FFNs have code of their own"),
+    "residual": Kind(
+        "residual branch", "residual branches", find_branches, _uncovered_branches, "its layers have code of their own"
+    ),
 }
 
 

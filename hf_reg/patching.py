@@ -151,7 +151,7 @@ def _plan(model: nn.Module, patch: Patch, sites: list[Any], uncovered: dict[str,
     accepted = [site for site in sites if patch.accepts(site)]
     if not accepted:
         if sites:
-            reason = f"none of its {len(sites)} {noun}s is {patch.acts_on}"
+            reason = f"none of its {len(sites)} {SEAMS[patch.seam].nouns} is {patch.acts_on}"
         elif uncovered:
             reason = f"{SEAMS[patch.seam].lacking}: " + ", ".join(f"{n} x {name}" for name, n in uncovered.items())
         else:
@@ -167,7 +167,7 @@ def _warn_partial(patch: Patch, chosen: list[Any], uncovered: dict[str, int]) ->
     if uncovered and patch.submodel == "all":
         names = ", ".join(f"{count} x {name}" for name, count in uncovered.items())
         warnings.warn(
-            f"{patch.name} reaches {len(chosen)} {SEAMS[patch.seam].noun}s, but not those with code of their own: "
+            f"{patch.name} reaches {len(chosen)} {SEAMS[patch.seam].nouns}, but not those with code of their own: "
             f"{names}. They run unregularized; `print(describe(model))` shows what is covered.",
             UserWarning,
             stacklevel=3,

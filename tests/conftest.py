@@ -50,12 +50,15 @@ def pytest_sessionfinish(session: pytest.Session) -> None:
 
     if set(parts) != set(MODEL_TYPES):  # a few types by hand: not a sweep
         return
-    ran = [part for part in parts.values() if part["reached"]]
+    ran = [part for part in parts.values() if part["reached"] or part["ffn"]]
     totals = {
         "transformers": transformers.__version__,
         "model types": len(parts),
         "forward runs": sum(part["forward"] is True for part in parts.values()),
         "patched": len(ran),
+        "with attention": sum(bool(part["reached"]) for part in ran),
+        "with attention and FFN found": sum(bool(part["reached"] and part["ffn"]) for part in ran),
+        "FFN found": sum(bool(part["ffn"]) for part in ran),
         "through the interface": sum("interface" in part["reached"] for part in ran),
         "every property holds": sum(part["complete"] for part in ran),
     }

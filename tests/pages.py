@@ -48,13 +48,14 @@ def support() -> str:
         if one["forward"] is not True:
             reached = f"not tried: {one['forward']}"
         verdicts = [_verdict(one["patches"].get(patch)) for patch in patches]
-        rows.append((f"`{name}`", reached or "no attention that can be reached", *verdicts))
+        ffn = ", ".join(f"{count} x {kind}" for kind, count in sorted(one.get("ffn", {}).items()))
+        rows.append((f"`{name}`", reached or "no attention that can be reached", ffn, *verdicts))
     totals = ", ".join(f"{name}: {count}" for name, count in found["totals"].items())
     return "\n\n".join([
         "# Support", f"Every architecture of transformers under every property of the test matrix ({totals}).",
         '"yes": all properties hold (eval bit-identical, unpatch restores, checkpoints stay stock, ...). Adapters and '
         "penalties on parameters work on any linear layers.",
-        table(("architecture", "attention of its tiny model", *patches), rows),
+        table(("architecture", "attention of its tiny model", "FFN", *patches), rows),
     ]) + "\n"  # fmt: skip
 
 

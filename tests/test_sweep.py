@@ -1,4 +1,5 @@
-"""Every architecture of the installed transformers, under every property of the matrix; writes tests/coverage.json.
+"""Every architecture of the installed transformers, under every property of the matrix, with patches of each seam;
+writes tests/coverage.json.
 
 A property that does not hold for a type must be listed in `KNOWN` with its reason, and one that is listed must not
 hold.
@@ -12,24 +13,34 @@ from typing import Any
 import pytest
 
 from hf_reg import unpatch_model
+from hf_reg.ffn_sites import find_ffn, find_ffn_uncovered
+from hf_reg.residual_sites import find_branches
 from hf_reg.sites import find_attention
 
 from .architectures import MODEL_TYPES, NotBuilt, build
 from .conftest import sweep_folder
 from .known import KNOWN
-from .properties import PATCHES, PROPERTIES, Case, check
+from .properties import PROPERTIES, Case, check
+
+
+SWEPT = ("tlm", "drophead", "ffn_dropout", "residual_dropout")  # two for each seam; the others are in the matrix
 
 
 def examine(model_type: str) -> dict[str, Any]:
     """What holds for one type: forward, how its attention is reached, and a verdict per patch and property."""
-    found: dict[str, Any] = {"forward": True, "reached": {}, "complete": False, "patches": {}}
+    found: dict[str, Any] = {"forward": True, "reached": {}, "ffn": {}, "complete": False, "patches": {}}
     try:
         tiny = build(model_type)
     except NotBuilt as error:
         return found | {"forward": str(error)[:200]}
     for site in find_attention(tiny.model):
         found["reached"][site.kind] = found["reached"].get(site.kind, 0) + 1
-    for patch in PATCHES if found["reached"] else ():
+    sites = find_ffn(tiny.model)
+    for ffn in sites:
+        found["ffn"][ffn.kind] = found["ffn"].get(ffn.kind, 0) + 1
+    found["branches"] = len(find_branches(tiny.model))
+    found["ffn uncovered"] = find_ffn_uncovered(tiny.model, sites)
+    for patch in SWEPT if found["reached"] or found["ffn"] else ():
         case = Case(model_type, patch, tiny)
         try:
             case.attach()
