@@ -36,7 +36,7 @@ class Kind:
 
 
 def _uncovered_branches(model: nn.Module, sites: Any) -> dict[str, int]:
-    return find_uncovered(model, find_attention(model))
+    return find_uncovered(model, [*find_attention(model), *sites])
 
 
 SEAMS = {

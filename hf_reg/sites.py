@@ -5,7 +5,7 @@ from __future__ import annotations
 import functools
 import inspect
 import re
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from types import CodeType
 from typing import Any
@@ -169,7 +169,7 @@ def _mixes_tokens(module: nn.Module) -> bool:
     return bool(OWN.search(name)) and not re.search(r"Norm|Embed|Rotary|Output$", name)
 
 
-def find_uncovered(model: nn.Module, sites: list[AttentionSite]) -> dict[str, int]:
+def find_uncovered(model: nn.Module, sites: Sequence[Site]) -> dict[str, int]:
     """Modules that mix tokens but are out of reach (linear attention, state spaces, own kernels), by class name."""
     reached = {site.path for site in sites}
     uncovered: dict[str, int] = {}

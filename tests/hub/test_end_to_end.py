@@ -11,6 +11,7 @@ from typing import Any
 
 import pytest
 import torch
+from peft import LoraConfig, get_peft_model
 
 from hf_reg import RegularizedTrainer, RegularizedTrainingArguments, patch_model, push_to_hub
 
@@ -62,6 +63,12 @@ def test_there_and_back(hub: HubServer, tmp_path: Path) -> None:
     assert "hf_reg.safetensors" in hub.files("alice/sorsa")
     assert hub.files("alice/sorsa")["README.md"] == hub.files("alice/bert")["README.md"]  # ours, nothing of PEFT's
     expected["adapter:alice/base+alice/sorsa"] = logits(sorsa, some)
+    plain = LoraConfig(r=4, task_type="CAUSAL_LM", init_lora_weights=False)
+    adapters = {"ba_lora": models.adapted("ba_lora"), "lora": get_peft_model(models.build(), plain)}
+    for name, adapted in adapters.items():
+        push_to_hub(adapted, f"alice/{name}", base_model="alice/base")
+        expected[f"adapter:alice/base+alice/{name}"] = logits(adapted, some)
+    assert "hf_reg.safetensors" not in hub.files("alice/lora")
 
     made = trainer(tmp_path / "rpo", max_steps=2)
     made.train()
