@@ -10,6 +10,7 @@ from typing import TYPE_CHECKING, Any, ClassVar
 import torch
 from torch import nn
 
+from .dropping import drop_units
 from .schedules import Schedule, make_schedule
 
 
@@ -229,7 +230,7 @@ class RateGate(nn.Dropout, Gate):
             shape (sequence of `int`, *optional*): of the mask, where it is shared along some dimensions (size 1).
         """
         if shape is None and not torch.compiler.is_compiling():
-            return nn.functional.dropout(states, min(self._p * self._factor, 1.0))
+            return drop_units(states, min(self._p * self._factor, 1.0))
         keep = torch.rand(states.shape if shape is None else shape, device=states.device) >= self.rate
         return states * (keep / (1 - self.rate).clamp(min=1e-12)).to(states.dtype)
 

@@ -1,0 +1,51 @@
+"""Dropout of single units, several times faster on a CPU than torch's: the masks are compared from raw random bits.
+
+`torch.nn.functional.dropout` draws a Bernoulli variable for each unit, which on a CPU costs nearly what a product of
+matrices does. Here 64 random bits make four masks, and a byte for each unit is kept for the backward pass.
+"""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+
+
+__all__ = ["drop_units"]
+
+LEVELS = 65536  # 16 bits a unit: a rate is met to 8e-6, and the mean exactly, since what is met is what is scaled by
+
+
+class _Masked(torch.autograd.Function):
+    """`states * keep * scale`, keeping one byte a unit."""
+
+    @staticmethod
+    def forward(ctx: Any, states: torch.Tensor, keep: torch.Tensor, scale: float) -> torch.Tensor:
+        ctx.save_for_backward(keep)
+        ctx.scale = scale
+        return keep.to(states.dtype).mul_(scale).mul_(states)  # in one new tensor
+
+    @staticmethod
+    def backward(ctx: Any, *grads: Any) -> Any:
+        (keep,) = ctx.saved_tensors
+        return keep.to(grads[0].dtype).mul_(ctx.scale).mul_(grads[0]), None, None
+
+
+def drop_units(states: torch.Tensor, rate: float) -> torch.Tensor:
+    """Dropout: each unit is 0 with probability `rate`, and otherwise divided by the probability to stay.
+
+    Args:
+        states (`torch.Tensor`): of any shape.
+        rate (`float`): in [0, 1].
+
+    Returns:
+        `torch.Tensor`: of the same shape. Draws from torch's default generator of the device.
+    """
+    level = round(rate * LEVELS)
+    if states.device.type != "cpu" or level == LEVELS:
+        return torch.nn.functional.dropout(states, rate)
+    units = states.numel()
+    bits = torch.empty((units + 3) // 4, dtype=torch.int64).random_(-(2**63), None)
+    keep = torch.empty(states.shape, dtype=torch.uint8)
+    torch.ge(bits.view(torch.int16)[:units].view(states.shape), level - LEVELS // 2, out=keep)
+    return _Masked.apply(states, keep, LEVELS / (LEVELS - level))

@@ -1,0 +1,58 @@
+"""Dropout from raw bits is dropout."""
+
+from __future__ import annotations
+
+import pytest
+import torch
+
+from hf_reg.dropping import drop_units
+
+
+@pytest.mark.parametrize("rate", [0.0, 0.1, 0.5, 0.9])
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float64])
+def test_rate_scale_and_gradient(rate: float, dtype: torch.dtype) -> None:
+    states = torch.ones(64, 1001, dtype=dtype, requires_grad=True)
+    dropped = drop_units(states, rate)
+    assert dropped.dtype == dtype and dropped.shape == states.shape
+    share = (dropped == 0).double().mean().item()
+    assert abs(share - rate) < 4 * (rate * (1 - rate) / states.numel()) ** 0.5 + 1e-9
+    torch.testing.assert_close(
+        dropped[dropped != 0],
+        torch.full_like(dropped[dropped != 0], 1 / (1 - rate)),
+        rtol=1e-2 if dtype == torch.bfloat16 else 1e-4,
+        atol=0,
+    )
+    dropped.sum().backward()
+    assert torch.equal(states.grad, dropped.detach())
+
+
+def test_the_mean_is_kept_exactly() -> None:
+    """The scale belongs to the rate that 16 bits can meet."""
+    level = round(0.3 * 65536)
+    values = drop_units(torch.ones(1000, dtype=torch.float64), 0.3)
+    assert values.max().item() == 65536 / (65536 - level)
+
+
+def test_units_are_independent_and_follow_the_seed() -> None:
+    torch.manual_seed(5)
+    one, other = drop_units(torch.ones(4, 50_001), 0.5), drop_units(torch.ones(4, 50_001), 0.5)
+    torch.manual_seed(5)
+    assert torch.equal(one, drop_units(torch.ones(4, 50_001), 0.5)) and not torch.equal(one, other)
+    kept = (one.flatten() != 0).double()
+    for lag in (1, 2, 3, 4, 7):  # four neighbours come from one draw
+        assert abs(torch.corrcoef(torch.stack([kept[lag:], kept[:-lag]]))[0, 1].item()) < 0.01
+
+
+def test_all_and_nothing() -> None:
+    assert drop_units(torch.ones(10), 1.0).abs().sum() == 0
+    assert drop_units(torch.ones(0, 3), 0.5).shape == (0, 3)
+    assert torch.equal(drop_units(torch.ones(3, 2).t(), 0.0), torch.ones(2, 3))
+
+
+def test_gradient_of_the_gradient() -> None:
+    def dropped(states: torch.Tensor) -> torch.Tensor:
+        torch.manual_seed(0)
+        return drop_units(states, 0.5) ** 2
+
+    states = torch.randn(6, dtype=torch.float64, requires_grad=True)
+    assert torch.autograd.gradcheck(dropped, states) and torch.autograd.gradgradcheck(dropped, states)
