@@ -14,7 +14,7 @@ from dataclasses import dataclass
 from torch import nn
 from transformers.pytorch_utils import Conv1D
 
-from .layers import ProjectionSite, layer_key, layer_lists, locate
+from .layers import ProjectionSite, layer_key, layer_lists, locate, parent_of
 from .sites import OWN, find_attention
 
 
@@ -151,12 +151,12 @@ def _called_ffn(model: nn.Module, path: str) -> bool:
     return FFN.search(type(model.get_submodule(path.rpartition(".")[0])).__name__) is not None
 
 
-def _fused_place(path: str, experts: nn.Module) -> tuple[str, nn.Module, str, str]:
+def _fused_place(path: str, experts: nn.Module) -> tuple[str, nn.Module, str]:
     """Where to stand in fused experts: their activation function, or else what they take in."""
     for name, child in experts.named_children():
         if re.search(r"act", name) and next(child.parameters(), None) is None:
-            return f"{path}.{name}", child, name, "activation"
-    return path, experts, path.rpartition(".")[2], "experts"
+            return f"{path}.{name}", child, "activation"
+    return path, experts, "experts"
 
 
 def find_ffn(model: nn.Module) -> list[FfnSite]:
@@ -172,7 +172,7 @@ def find_ffn(model: nn.Module) -> list[FfnSite]:
             key = key[:-1] if mixing and key[-1:] == (path,) else key  # a list of mixers inside of a layer
             if key:
                 scopes[key[-1]] = None
-    found: list[tuple[str, nn.Module, str, str, tuple[str, ...], int | None, bool, str]] = []
+    found: list[tuple[str, nn.Module, str, tuple[str, ...], int | None, bool, str]] = []
     for scope in scopes:
         inside = list(_walk(scope, model.get_submodule(scope), mixers))
         linears = [
@@ -182,22 +182,22 @@ def find_ffn(model: nn.Module) -> list[FfnSite]:
         ]
         for down, ups in _downs(linears):
             gated = len(ups) > 1 or ups[0].out == 2 * down.into
-            name, paths = down.path.rpartition(".")[2], tuple(up.path for up in ups)
-            found.append((down.path, down.module, name, "projection", paths, down.into, gated, scope))
+            paths = tuple(up.path for up in ups)
+            found.append((down.path, down.module, "projection", paths, down.into, gated, scope))
         for path, module in inside:
             if is_fused(module):
-                here, target, name, kind = _fused_place(path, module)
-                found.append((here, target, name, kind, (), None, True, scope))
+                here, target, kind = _fused_place(path, module)
+                found.append((here, target, kind, (), None, True, scope))
     order = {path: place for place, (path, _) in enumerate(model.named_modules())}
     found = sorted({one[0]: one for one in found}.values(), key=lambda one: order[one[0]])
     located = locate(model, [one[0] for one in found], lists, [f"{one[-1]}.x" for one in found])
     return [
         FfnSite(
-            module, path, *where, model.get_submodule(path.rpartition(".")[0]), name, kind,
+            module, path, *where, *parent_of(model, path), kind,
             "output" if kind == "activation" else "input", ups, width, gated,
             1 if isinstance(module, CONVOLUTIONS) else -1,
         )
-        for (path, module, name, kind, ups, width, gated, _), where in zip(found, located, strict=True)
+        for (path, module, kind, ups, width, gated, _), where in zip(found, located, strict=True)
     ]  # fmt: skip
 
 

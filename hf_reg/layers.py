@@ -9,7 +9,7 @@ from torch import nn
 from transformers.modeling_utils import PreTrainedModel
 
 
-__all__ = ["ProjectionSite", "Site", "layer_key", "layer_lists", "locate"]
+__all__ = ["ProjectionSite", "Site", "layer_key", "layer_lists", "locate", "parent_of"]
 
 
 @dataclass(frozen=True)
@@ -31,10 +31,19 @@ class ProjectionSite(Site):
     PEFT may put a layer of its own there later: what counts is what `parent` holds under `name`.
     """
 
-    parent: nn.Module = field(repr=False)
-    name: str
+    parent: nn.Module = field(repr=False)  # no container: those call, or count, everything that they hold
+    name: str  # with dots where a container lies between
     kind: str
     point: str  # "input" or "output"
+
+
+def parent_of(model: nn.Module, path: str) -> tuple[nn.Module, str]:
+    """The innermost module above `path` with a forward of its own, and the path from there."""
+    above, _, name = path.rpartition(".")
+    while isinstance(parent := model.get_submodule(above), (nn.Sequential, nn.ModuleList, nn.ModuleDict)):
+        above, _, last = above.rpartition(".")
+        name = f"{last}.{name}"
+    return parent, name
 
 
 Lists = Mapping[str, "nn.ModuleList | nn.Sequential"]

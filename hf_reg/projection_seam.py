@@ -26,6 +26,7 @@ class ProjectionSeam(Seam):
     def __init__(self, name: str, point: str) -> None:
         super().__init__()
         self.name, self.point = name, point
+        self.deep = "." in name
 
     def send(self, states: torch.Tensor) -> torch.Tensor:
         """`states` after every gate that is on."""
@@ -67,7 +68,7 @@ class _Follow(SeamHook):
         self.owner, self.target = seam, target
 
     def __call__(self, module: nn.Module, args: Any) -> None:
-        current = module._modules[self.owner.name]
+        current = module.get_submodule(self.owner.name) if self.owner.deep else module._modules[self.owner.name]
         if current is not self.target:
             self.move(current)
 
@@ -86,13 +87,13 @@ def _hook(target: nn.Module, seam: ProjectionSeam) -> None:
 
 
 def projection_key(site: ProjectionSite) -> str:
-    """Name of the seam of `site` in its parent; by number, since PEFT finds modules by the ends of their names."""
-    return f"{SEAM}_{list(site.parent._modules).index(site.name)}_{site.point}"
+    """Name of the seam of `site` in its parent; by number, since PEFT finds modules by parts of their names."""
+    first, *others = site.name.split(".")
+    return "_".join([SEAM, str(list(site.parent._modules).index(first)), *others, site.point])
 
 
 def connect_projection(site: ProjectionSite, seam: ProjectionSeam) -> None:
     """Leave the hooks that send what passes `site` through `seam`."""
-    target = site.parent._modules[site.name]
-    assert target is not None
+    target = site.parent.get_submodule(site.name)
     _hook(target, seam)
     site.parent.register_forward_pre_hook(_Follow(seam, target))

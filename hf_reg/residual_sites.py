@@ -11,7 +11,7 @@ from dataclasses import dataclass
 from torch import nn
 
 from .ffn_sites import find_ffn, widths
-from .layers import ProjectionSite, layer_key, layer_lists, locate
+from .layers import ProjectionSite, layer_key, layer_lists, locate, parent_of
 from .sites import AttentionSite, find_attention
 
 
@@ -70,8 +70,7 @@ def find_branches(model: nn.Module) -> list[BranchSite]:
     located = locate(model, paths, lists)
     return [
         BranchSite(
-            model.get_submodule(path), path, *where, model.get_submodule(path.rpartition(".")[0]),
-            path.rpartition(".")[2], found[path], "output",
+            model.get_submodule(path), path, *where, *parent_of(model, path), found[path], "output"
         )
         for path, where in zip(paths, located, strict=True)
     ]  # fmt: skip

@@ -31,6 +31,7 @@ EXPECTED = {  # the FFNs of a tiny model: where, how many, gated, layer numbers
     "gpt_oss": ("mlp.experts", "experts", 2, True),
     "dbrx": ("mlp.activation_fn", "activation", 2, True),
     "jetmoe": ("output_linear", "projection", 2, True),
+    "ctrl": ("ffn.2", "projection", 2, False),  # in a Sequential, which would call whatever it holds
     "xlm": ("lin2", "projection", 2, False),
     "mgp-str": ("mlp.fc2", "projection", 2, False),  # layers in a Sequential
     "squeezebert": ("output.conv1d", "projection", 2, False),
@@ -45,7 +46,7 @@ def test_ffns_are_found(model_type: str) -> None:
     assert [site.path.endswith(ending) and site.kind == kind and site.gated == gated for site in sites] == [
         True
     ] * count
-    assert all(model.get_submodule(site.path) is site.module is site.parent._modules[site.name] for site in sites)
+    assert all(model.get_submodule(site.path) is site.module is site.parent.get_submodule(site.name) for site in sites)
     assert {site.layers for site in sites} == {1 if count == 1 else 2} and not find_ffn_uncovered(model, sites)
 
 
