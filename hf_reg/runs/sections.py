@@ -8,7 +8,7 @@ from dataclasses import MISSING, dataclass, fields, is_dataclass
 from enum import Enum
 from typing import Any, ClassVar, Literal, TypeVar, Union, get_args, get_origin, get_type_hints
 
-from ..names import nearest
+from ..names import nearest, shown
 from .errors import RecipeError
 
 
@@ -63,14 +63,14 @@ def _words(hint: Any) -> str:
     if (origin or hint) in (list, tuple):
         return "a list"
     if (origin or hint) is dict:
-        return "a section of keys"
+        return f"a section of keys, each with {_words(parts[1])}" if len(parts) > 1 else "a section of keys"
     return WORDS.get(hint, getattr(hint, "__name__", str(hint)))
 
 
 def check_value(value: Any, hint: Any, where: str) -> None:
     """Raise [`RecipeError`] unless `value` is of the type `hint`."""
     if not _fits(value, hint):
-        found = "null" if value is None else f"{value!r} ({_words(type(value))})"
+        found = "null" if value is None else f"{shown(value)} ({_words(type(value))})"
         raise RecipeError(f"{where}: expected {_words(hint)}, found {found}.")
 
 
@@ -78,7 +78,7 @@ def check_keys(given: Any, known: Collection[str], where: str) -> None:
     """Raise [`RecipeError`] unless `given` is a section whose keys are all known."""
     if not isinstance(given, Mapping):
         keys = f" ({', '.join(known)})" if len(known) <= MANY else ""
-        raise RecipeError(f"{where or 'recipe'}: expected a section of keys{keys}, found {given!r}.")
+        raise RecipeError(f"{where or 'recipe'}: expected a section of keys{keys}, found {shown(given)}.")
     for key in given:
         if key not in known:
             listed = f" Known keys: {', '.join(known)}." if len(known) <= MANY else ""
