@@ -118,10 +118,10 @@ def test_a_recipe_that_is_too_large_is_hardly_read(tmp_path: Path, size: int) ->
 
 
 NUMBERS = {
-    "train.learning_rate=.nan": "train.learning_rate: nan is no finite number of at most 64 bits.",
+    "train.learning_rate=.nan": "train.learning_rate: nan is no finite number.",
     "train.learning_rate=1e400": "train.learning_rate: inf is no finite number",
     "train.num_train_epochs=-.inf": "train.num_train_epochs: -inf is no finite number",
-    "train.max_steps=9999999999999999999": "train.max_steps: 9999999999999999999 is no finite number of at most 64",
+    "train.max_steps=9999999999999999999": "train.max_steps: 9999999999999999999 is beyond the integers of 64",
     "train.lr_scheduler_kwargs={a: [1, .nan]}": "train.lr_scheduler_kwargs.a[1]: nan is no finite number",
     "adapter.lora_dropout=.nan": "adapter.lora_dropout: nan is no finite number",
     "patches.tlm.rate=.nan": "patches.tlm.rate: nan is no finite number",

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 import os
 from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass, field, fields
@@ -104,10 +105,11 @@ class Recipe(Section):
         said = {key: value for key, value in asdict(self).items() if value is not None}
         said["data"] = {key: value for key, value in said["data"].items() if value not in (None, {})}
         said["train"] = {key: value for key, value in self.train.items() if key != "resume"}
-        for key in ("model", "ref_model"):
-            if key in said:
-                own = {name: value for name, value in said[key].items() if value is not None}
-                said[key] = own if len(own) > 1 else own["name"]
+        said |= {key: _in_short(said[key]) for key in ("model", "ref_model") if key in said}
+        if not said.get("metrics"):
+            said.pop("metrics", None)
+        else:
+            said["metrics"] = [_in_short(one) for one in said["metrics"]]
         return dump_yaml({"task": self.TASK, **said})
 
     def models(self) -> dict[str, str]:
@@ -121,6 +123,11 @@ class Recipe(Section):
     def further_metrics(self, metrics: Mapping[str, float]) -> dict[str, float]:
         """What follows from the metrics of an evaluation, such as a perplexity."""
         return {}
+
+
+def _in_short(section: Mapping[str, Any]) -> Any:
+    own = {name: value for name, value in section.items() if value not in (None, {})}
+    return own if len(own) > 1 else own["name"]
 
 
 def _read(path: Path) -> Any:
@@ -142,15 +149,17 @@ def _read(path: Path) -> Any:
 
 
 def _check_numbers(value: Any, where: str = "") -> None:
-    """Raise [`RecipeError`] for a number that nothing can be set to: not finite, or beyond 64 bits."""
+    """Raise [`RecipeError`] for a number that nothing can be set to: not finite, or an integer beyond 64 bits."""
     if isinstance(value, dict):
         for key, one in value.items():
             _check_numbers(one, f"{where}.{key}" if where else str(key))
     elif isinstance(value, list):
         for index, one in enumerate(value):
             _check_numbers(one, f"{where}[{index}]")
-    elif isinstance(value, (int, float)) and not abs(value) < 2**63:
-        raise RecipeError(f"{where}: {shown(value)} is no finite number of at most 64 bits. Give one.")
+    elif isinstance(value, float) and not math.isfinite(value):
+        raise RecipeError(f"{where}: {value} is no finite number. Give one.")
+    elif isinstance(value, int) and abs(value) >= 2**63:
+        raise RecipeError(f"{where}: {shown(value)} is beyond the integers of 64 bits. Give a smaller one.")
 
 
 def _change(tree: dict[str, Any], change: str) -> None:

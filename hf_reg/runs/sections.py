@@ -90,7 +90,7 @@ def _below(where: str, key: Any) -> str:
 
 
 def _section_of(hint: Any) -> type[Section] | None:
-    """The section in `Model` or `Model | None`."""
+    """The section in `Model`, `Model | None` or `list[Model]`."""
     for part in (hint, *get_args(hint)):
         if is_dataclass(part) and isinstance(part, type) and issubclass(part, Section):
             return part
@@ -115,7 +115,10 @@ def read_section(cls: type[S], given: Any, where: str = "") -> S:
                 raise RecipeError(f"{place}: missing. {one.metadata['help']}")
             continue
         value, inner = given[one.name], _section_of(hint)
-        if inner is not None and not (value is None and type(None) in get_args(hint)):
+        if inner is not None and get_origin(hint) is list:
+            check_value(value, list, place)
+            values[one.name] = [read_section(inner, part, f"{place}[{i}]") for i, part in enumerate(value)]
+        elif inner is not None and not (value is None and type(None) in get_args(hint)):
             values[one.name] = read_section(inner, value, place)
         else:
             check_value(value, hint, place)

@@ -205,7 +205,7 @@ HOSTILE: dict[str, tuple[Callable[[Path], None], str]] = {
     "sparse configuration": (lambda f: os.truncate(f / "config.json", 10**11), r"has 100,000,000,000 bytes"),
     "shapes": (
         shorter,
-        r"bert.embeddings.word_embeddings.weight is \[60, 3\], expected \[60, 32\]; classifier.weight is \[3, 3\], exp",
+        r"bert.embeddings.word_embeddings.weight is \[60, 3\], expected \[60, 32\]; classifier.weight is \[3, 3\], ",
     ),
     "endless sizes": (config(hidden_size=10**9), r"LayerNorm.bias is \[32\], expected \[1000000000\].*; and \d+ more"),
     "no header": (lambda f: os.truncate(f / "model.safetensors", 4), r"is no whole safetensors file: .*too small"),
