@@ -107,7 +107,8 @@ def read_section(cls: type[S], given: Any, where: str = "") -> S:
     if cls.SHORT and isinstance(given, str):
         given = {cls.SHORT: given}
     check_keys(given, [one.name for one in fields(cls)], where)
-    hints, values = get_type_hints(cls), {}
+    hints = get_type_hints(cls)
+    values: dict[str, Any] = {}
     for one in fields(cls):
         place, hint = _below(where, one.name), hints[one.name]
         if one.name not in given:
