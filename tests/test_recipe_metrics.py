@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import math
 import subprocess
 import sys
 from collections.abc import Iterator
@@ -142,6 +143,8 @@ def test_bleu_and_chrf_by_hand() -> None:
     """One sentence of five tokens, four of them right: n-grams 4/5, 3/4, 2/3, 1/2; all in the same length."""
     found = translation_scores(Outputs(["the cat sat down today"], [["the cat sat down now"]]))
     assert found["bleu"] == pytest.approx(100 * (4 / 5 * 3 / 4 * 2 / 3 * 1 / 2) ** 0.25)
+    short = translation_scores(Outputs(["the cat sat down"], [["the cat sat down now"]]))  # all right, a token too few
+    assert short["bleu"] == pytest.approx(100 * math.exp(1 - 5 / 4))
     assert translation_scores(Outputs(["a b c d"], [["a b c d"]])) == pytest.approx({"bleu": 100, "chrf": 100})
     assert 0 < found["chrf"] < 100 and translation_scores(Outputs(["xyz"], [["abc"]]))["chrf"] == 0
 
