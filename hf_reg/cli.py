@@ -23,7 +23,7 @@ app = typer.Typer(
 )
 
 
-JSON = Annotated[bool, typer.Option("--json", help="For machines: JSON on standard output.")]
+JSON = Annotated[bool, typer.Option("--json", help="Print JSON, for programs, instead of tables.")]
 
 
 @app.callback()
@@ -36,7 +36,8 @@ def demo(
     quick: Annotated[bool, typer.Option("--quick", help="One seed and half the steps: under a minute.")] = False,
     output_dir: Annotated[Path, typer.Option(help="Where curves, results and checkpoint go.")] = Path("demo-output"),
     seed: Annotated[
-        list[int] | None, typer.Option(min=0, help="Repeat it for several; default: 0, 1 and 2, with --quick 0.")
+        list[int] | None,
+        typer.Option(min=0, help="Give it once for each seed; left out: 0, 1 and 2, or with --quick 0."),
     ] = None,
 ) -> None:
     """Fine-tune a real encoder four ways on a few labelled news articles, and compare."""
@@ -54,18 +55,26 @@ def demo(
 
 @app.command()
 def train(
-    recipe: Annotated[Path, typer.Argument(help="A YAML file: task, model, data, train and what regularizes.")],
+    recipe: Annotated[
+        Path,
+        typer.Argument(
+            metavar="RECIPE", help="A YAML file with the keys task, model, data, train and what regularizes."
+        ),
+    ],
     changes: Annotated[
         list[str] | None,
         typer.Option("--set", metavar="KEY=VALUE", help="Change the recipe: --set train.learning_rate=1e-4."),
     ] = None,
-    check: Annotated[bool, typer.Option("--check", help="Say what would be done, and load nothing.")] = False,
+    check: Annotated[bool, typer.Option("--check", help="Show what would be done, and load nothing.")] = False,
     resume: Annotated[bool, typer.Option("--resume", help="Go on from the last checkpoint in output_dir.")] = False,
     traceback: Annotated[
-        bool, typer.Option("--traceback", envvar="HF_REG_TRACEBACK", help="Errors with their traceback.")
+        bool, typer.Option("--traceback", envvar="HF_REG_TRACEBACK", help="Show errors with their traceback.")
     ] = False,
 ) -> None:
-    """Fine-tune a model as a recipe says; `accelerate launch -m hf_reg.cli train RECIPE` on many devices."""
+    """Fine-tune a model as a recipe says, and save it with its metrics.
+
+    On several devices: accelerate launch -m hf_reg.cli train RECIPE
+    """
     from .runs import train_from, user_errors
 
     with user_errors(f"hf-reg train {recipe}", traceback):
@@ -74,10 +83,13 @@ def train(
 
 @app.command()
 def methods(
-    name: Annotated[str | None, typer.Argument(help="One of them, in full: tlm.")] = None,
+    name: Annotated[str | None, typer.Argument(metavar="NAME", help="Show this one in full, such as tlm.")] = None,
     as_json: JSON = False,
 ) -> None:
-    """List the methods, with their settings and defaults; or show one: definition, source, cost, example."""
+    """List the methods with their settings and defaults, or show one in full.
+
+    In full: definition, settings and where their defaults come from, paper, measured cost, example.
+    """
     from .commands.methods import find_method, known_methods, methods_table
     from .runs.errors import user_errors
 
@@ -92,11 +104,17 @@ def methods(
 
 @app.command(name="inspect")
 def inspect_(
-    model: Annotated[str, typer.Argument(help="A folder, or a name on the Hub; only its configuration is read.")],
+    model: Annotated[
+        str,
+        typer.Argument(metavar="MODEL", help="A folder, or a name on the Hub; only its configuration is read."),
+    ],
     revision: Annotated[str | None, typer.Option(help="Branch, tag or commit on the Hub.")] = None,
     as_json: JSON = False,
 ) -> None:
-    """Show which modules of a model each method would patch, and what is out of reach. Reads no weights."""
+    """Show what each method would patch in a model, and what is out of reach.
+
+    Neither weights nor code of the model are read.
+    """
     from .runs.errors import user_errors
 
     with user_errors(f"hf-reg inspect {model}"):
@@ -108,13 +126,19 @@ def inspect_(
 
 @app.command()
 def merge(
-    adapter: Annotated[Path, typer.Argument(help="A folder with adapter_config.json.")],
-    output: Annotated[Path, typer.Argument(help="The folder for the merged model; empty, or not there.")],
+    adapter: Annotated[Path, typer.Argument(metavar="ADAPTER", help="A folder with adapter_config.json.")],
+    output: Annotated[
+        Path,
+        typer.Argument(metavar="OUTPUT", help="The folder for the merged model; empty, or not there yet."),
+    ],
     base: Annotated[str | None, typer.Option(help="The base model, if not the one that the adapter names.")] = None,
     force: Annotated[bool, typer.Option("--force", help="Replace a model that is in OUTPUT.")] = False,
     as_json: JSON = False,
 ) -> None:
-    """Merge an adapter into its base model in fp32, save a stock model, and say how far the logits moved."""
+    """Merge an adapter into its base model, and save a stock model.
+
+    It is merged in fp32; the largest change of a logit is shown.
+    """
     from .runs.errors import user_errors
 
     with user_errors(f"hf-reg merge {adapter}"):
@@ -126,11 +150,13 @@ def merge(
 
 @app.command()
 def verify(
-    folder: Annotated[Path, typer.Argument(help="A checkpoint: a model, or an adapter.")],
+    folder: Annotated[Path, typer.Argument(metavar="FOLDER", help="A checkpoint: a model, or an adapter.")],
     as_json: JSON = False,
 ) -> None:
-    """Check a checkpoint, in a process without hf_reg too: files, recipe, keys, dtypes, logits, card. Exit code 1 if
-    it fails."""
+    """Check that a checkpoint is sound and safe; exit code 1 if it is not.
+
+    Looked at are files, recipe, keys, dtypes, logits and card, also as a process without hf_reg loads them.
+    """
     from .runs.errors import UseError, refused_as_run, user_errors
 
     with user_errors(f"hf-reg verify {folder}"):
@@ -147,14 +173,22 @@ def verify(
 
 @app.command()
 def push(
-    folder: Annotated[Path, typer.Argument(help="A checkpoint: a model, or an adapter.")],
-    repo_id: Annotated[str, typer.Argument(help="namespace/name; made if it is not there.")],
-    private: Annotated[bool | None, typer.Option("--private/--public", help="Of a repository that is made.")] = None,
-    revision: Annotated[str | None, typer.Option(help="A branch; made if it is not there.")] = None,
+    folder: Annotated[Path, typer.Argument(metavar="FOLDER", help="A checkpoint: a model, or an adapter.")],
+    repo_id: Annotated[str, typer.Argument(metavar="REPO_ID", help="OWNER/NAME; it is made if it is not there.")],
+    private: Annotated[
+        bool | None,
+        typer.Option(
+            "--private/--public", help="Who may see a repository that is made; left out: as the account has it."
+        ),
+    ] = None,
+    revision: Annotated[str | None, typer.Option(help="The branch to push to; it is made if it is not there.")] = None,
     base_model: Annotated[str | None, typer.Option(help="The repository of the model that was fine-tuned.")] = None,
-    message: Annotated[str, typer.Option(help="Of the commit.")] = "Push with hf_reg",
+    message: Annotated[str, typer.Option(help="The message of the commit.")] = "Push with hf_reg",
 ) -> None:
-    """Push a checkpoint to the Hub, verified and with its card, in one commit. Log in with `hf auth login` before."""
+    """Push a checkpoint to the Hub, verified and with its card, in one commit.
+
+    Log in with `hf auth login` before.
+    """
     from .runs.errors import UseError, refused_as_run, user_errors
 
     with user_errors(f"hf-reg push {folder}"):

@@ -78,7 +78,10 @@ def make_patches(spec: Any) -> list[Patch]:
     if isinstance(spec, (str, Patch)):
         return [make_patch(spec)]
     if isinstance(spec, Mapping):
-        return [make_patch(name, **dict(settings or {})) for name, settings in spec.items()]
+        for name, settings in spec.items():
+            if settings is not None and not isinstance(settings, Mapping):
+                raise TypeError(f"{name}: expected a dict of settings, got {settings!r}.")
+        return [make_patch(name, **(settings or {})) for name, settings in spec.items()]
     if isinstance(spec, Sequence):
         return [patch for one in spec for patch in make_patches(one)]
     raise TypeError(f"patches: expected a name, a Patch, a list or a dict, got {type(spec).__name__}.")

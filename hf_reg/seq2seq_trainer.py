@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
+from typing import Any
 
 from transformers import Seq2SeqTrainer, Seq2SeqTrainingArguments
 
@@ -23,4 +24,12 @@ class RegularizedSeq2SeqTrainingArguments(RegularizedArguments, Seq2SeqTrainingA
 
 
 class RegularizedSeq2SeqTrainer(RegularizerMixin, Seq2SeqTrainer):
-    """A [`~transformers.Seq2SeqTrainer`] with [`RegularizerMixin`]."""
+    """A [`~transformers.Seq2SeqTrainer`] with [`RegularizerMixin`].
+
+    On several processes every row is scored once, as [`~transformers.Trainer`] does it: `Seq2SeqTrainer` itself also
+    scores the rows that fill up the last batch a second time.
+    """
+
+    def evaluation_loop(self, *args: Any, **kwargs: Any) -> Any:
+        self.gather_function = self.accelerator.gather_for_metrics
+        return super().evaluation_loop(*args, **kwargs)

@@ -196,12 +196,9 @@ def test_labels_and_their_names(tmp_path: Path) -> None:
 def test_the_scores_are_those_of_scikit_learn(tmp_path: Path) -> None:
     from sklearn.metrics import f1_score
 
-    from hf_reg.runs.tasks.sequence_classification import scores
+    from hf_reg.runs.metrics import Outputs, class_scores
 
-    class Prediction:
-        predictions, label_ids = [0, 1, 1, 2], [0, 1, 2, 2]
-
-    found = scores(Prediction)
+    found = class_scores(Outputs([0, 1, 1, 2], [0, 1, 2, 2], ["a", "b", "c"]))
     macro = f1_score([0, 1, 2, 2], [0, 1, 1, 2], average="macro")
     assert found == {"accuracy": 0.75, "macro_f1": pytest.approx(macro)}
 

@@ -13,9 +13,10 @@ from typing import Any
 from huggingface_hub import snapshot_download
 from huggingface_hub.utils import HFValidationError, validate_repo_id
 from peft.utils import SAFETENSORS_WEIGHTS_NAME as ADAPTER_WEIGHTS
+from safetensors import SafetensorError, safe_open
 
+from ..json_text import read_json
 from .block import BLOCK
-from .reading import read_json
 
 
 __all__ = ["ADAPTER", "CONFIG", "HUB", "check_folder", "fetch", "find_problems", "read_folder_block", "weight_files"]
@@ -111,7 +112,12 @@ def check_folder(folder: Path) -> dict[str, Any]:
     for name in (CONFIG, ADAPTER, SETTINGS):
         if (folder / name).is_file():
             _refuse_names(read_json(folder / name), folder / name)
-    weight_files(folder)
+    for file in weight_files(folder):
+        try:
+            with safe_open(file, framework="pt"):
+                pass
+        except SafetensorError as error:
+            raise ValueError(f"{file} is no whole safetensors file: {error}.") from error
     found = read_json(path)
     if path.name == ADAPTER and found.get("peft_type") != "LORA":
         kind = str(found.get("peft_type"))[:80]

@@ -19,6 +19,7 @@ from ..patching import patch_model
 from .block import BLOCK
 from .folder import ADAPTER, HUB, check_folder, fetch, read_folder_block
 from .reading import read_block
+from .stock import load_stock
 
 
 __all__ = ["auto_class_for", "base_of", "load_regularized"]
@@ -106,6 +107,15 @@ def class_of(folder: Path, adapter: dict[str, Any] | None, auto_class: Any = Non
     return _class(TASKS[task]) if isinstance(task, str) and task in TASKS else auto_class_for(folder)
 
 
+def _with_adapter(model: Any, folder: Path) -> PeftModel:
+    try:
+        return PeftModel.from_pretrained(model, str(folder), is_trainable=True)
+    except RuntimeError as error:
+        if "size mismatch" not in str(error):
+            raise
+        raise ValueError(f"{folder}: the adapter does not fit its base: {' '.join(str(error).split())}") from error
+
+
 def load_regularized(
     path_or_repo: str | os.PathLike[str],
     *,
@@ -132,8 +142,8 @@ def load_regularized(
 
     Raises:
         `ValueError`: for arguments that would read other weights or run code, a folder that is no checkpoint or holds
-            none in safetensors, files that lead out of it, or a block that cannot be used. `OSError`: for a repository
-            out of reach.
+            none in safetensors, files that lead out of it, tensors of other shapes than its configuration says, or a
+            block that cannot be used. `OSError`: for a repository out of reach.
 
     Example:
 
@@ -153,13 +163,13 @@ def load_regularized(
     if base is not None and adapter is None:
         raise ValueError(f"base={base!r} is for adapters, but {folder} holds a whole model.")
     loader = class_of(place, adapter, auto_class)
-    model: Any = loader.from_pretrained(place, use_safetensors=True, trust_remote_code=False, **kwargs)
+    model: Any = load_stock(loader, place, **kwargs)
     inner = model
     if adapter is not None:
         if holds_svd_adapter(folder):
             model = get_regularized_peft_model(model, folder)
         else:
-            model = PeftModel.from_pretrained(model, str(folder), is_trainable=True)
+            model = _with_adapter(model, folder)
         if block is not None:
             setattr(inner.config, BLOCK, block)
     if recipe is None and (adapter is None or not holds_svd_adapter(folder)):

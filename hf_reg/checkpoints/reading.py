@@ -9,23 +9,21 @@ import types
 import warnings
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, fields
-from pathlib import Path
 from typing import Any, Union, get_args, get_origin, get_type_hints
 
 from packaging.version import InvalidVersion, Version
 
 from ..base import Patch, Penalty, check_range
-from ..names import nearest
+from ..names import nearest, shown
 from ..patching import known_patches, make_patch
 from ..recipes import known_penalties, make_penalties
 from ..schedules import make_schedule
 from .block import CUSTOM, KEYS
 
 
-__all__ = ["LARGEST_BLOCK", "LARGEST_FILE", "Recipe", "read_block", "read_json"]
+__all__ = ["LARGEST_BLOCK", "Recipe", "read_block"]
 
 LARGEST_BLOCK = 1_000_000  # characters of JSON; ours have a few hundred
-LARGEST_FILE = 10_000_000  # bytes of a configuration
 
 
 @dataclass(frozen=True)
@@ -45,32 +43,6 @@ class Recipe:
     penalties: list[Penalty]
     seed: int | None
     versions: dict[str, str]
-
-
-def _show(value: Any) -> str:
-    text = repr(value)
-    return text if len(text) <= 80 else f"{text[:77]}..."
-
-
-def _not_a_number(text: str) -> Any:
-    raise ValueError(f"{text} is no number of JSON")
-
-
-def read_json(path: Path, largest: int = LARGEST_FILE) -> dict[str, Any]:
-    """The object of a JSON file.
-
-    Raises:
-        `ValueError`: for a file above `largest` bytes, NaN and infinity, nesting without end, or no object.
-    """
-    if path.stat().st_size > largest:
-        raise ValueError(f"{path} has {path.stat().st_size:,} bytes; such a file has at most {largest:,}.")
-    try:
-        found = json.loads(path.read_text(encoding="utf-8"), parse_constant=_not_a_number)
-    except (ValueError, RecursionError) as error:
-        raise ValueError(f"{path} is no JSON file: {_show(str(error))}.") from error
-    if not isinstance(found, dict):
-        raise ValueError(f"{path} holds a {type(found).__name__}; expected a JSON object.")
-    return found
 
 
 def _typed(value: Any, hint: Any) -> Any:
@@ -100,14 +72,14 @@ def _typed(value: Any, hint: Any) -> Any:
 def _settings(owner: str, method: type, settings: Any, leave: str = "") -> dict[str, Any]:
     """Settings of JSON, each of the type that the field of `method` has."""
     if not isinstance(settings, dict):
-        raise ValueError(f"{owner} is {_show(settings)}; expected an object with its settings.")
+        raise ValueError(f"{owner} is {shown(settings)}; expected an object with its settings.")
     names = [f.name for f in fields(method) if f.init and f.name != leave]
     hints = get_type_hints(method)
     found = {}
     for name, value in settings.items():
         if name not in names:
             raise ValueError(
-                f"{owner} has no setting {_show(name)}.{nearest(name, names)} Settings: {', '.join(names)}."
+                f"{owner} has no setting {shown(name)}.{nearest(name, names)} Settings: {', '.join(names)}."
             )
         if name == "schedule" and value is not None:
             found[name] = make_schedule(value)
@@ -115,39 +87,39 @@ def _settings(owner: str, method: type, settings: Any, leave: str = "") -> dict[
         try:
             found[name] = _typed(value, hints[name])
         except TypeError:
-            raise ValueError(f"{owner}: {name}={_show(value)} is no value of the type {hints[name]}.") from None
+            raise ValueError(f"{owner}: {name}={shown(value)} is no value of the type {hints[name]}.") from None
     return found
 
 
 def _read_patches(patches: Any) -> list[Patch]:
     if not isinstance(patches, dict):
-        raise ValueError(f"patches is {_show(patches)}; expected an object of names.")
+        raise ValueError(f"patches is {shown(patches)}; expected an object of names.")
     known = known_patches()
     made = []
     for name, settings in patches.items():
         if name not in known:
-            raise ValueError(f"unknown patch {_show(name)}.{nearest(name, list(known))} Known: {', '.join(known)}.")
+            raise ValueError(f"unknown patch {shown(name)}.{nearest(name, list(known))} Known: {', '.join(known)}.")
         made.append(make_patch(name, **_settings(name, known[name], settings)))
     return made
 
 
 def _read_penalties(penalties: Any) -> list[Penalty]:
     if not isinstance(penalties, dict):
-        raise ValueError(f"penalties is {_show(penalties)}; expected an object of names.")
+        raise ValueError(f"penalties is {shown(penalties)}; expected an object of names.")
     known = known_penalties()
     made = []
     for name, settings in penalties.items():
         if not isinstance(settings, dict):
-            raise ValueError(f"penalty {_show(name)} is {_show(settings)}; expected an object with its settings.")
+            raise ValueError(f"penalty {shown(name)} is {shown(settings)}; expected an object with its settings.")
         settings = dict(settings)
         method = settings.pop("method", name)
         if method == CUSTOM:
-            check_range(_show(name), "weight", settings.pop("weight", None), 0, math.inf)
+            check_range(shown(name), "weight", settings.pop("weight", None), 0, math.inf)
             if settings:
-                raise ValueError(f"penalty {_show(name)} is the user's own, yet has {_show(sorted(settings))}.")
+                raise ValueError(f"penalty {shown(name)} is the user's own, yet has {shown(sorted(settings))}.")
             continue
         if not isinstance(method, str) or method not in known:
-            raise ValueError(f"unknown penalty {_show(method)}. Known: {', '.join(known)}.")
+            raise ValueError(f"unknown penalty {shown(method)}. Known: {', '.join(known)}.")
         checked = _settings(name, known[method], settings, leave="name")
         made += make_penalties({method: checked | {"name": name}})
     return made
@@ -162,23 +134,23 @@ def _newer(block: Any) -> str:
         newer = isinstance(written, str) and Version(written) > Version(__version__)
     except InvalidVersion:
         newer = False
-    return f" hf_reg {_show(written)} wrote it, newer than this {__version__}: update hf_reg." if newer else ""
+    return f" hf_reg {shown(written)} wrote it, newer than this {__version__}: update hf_reg." if newer else ""
 
 
 def _read(block: Any) -> Recipe:
     if not isinstance(block, dict):
-        raise ValueError(f"it is {_show(block)}; expected an object with {', '.join(KEYS)}.")
+        raise ValueError(f"it is {shown(block)}; expected an object with {', '.join(KEYS)}.")
     if (size := len(json.dumps(block))) > LARGEST_BLOCK:
         raise ValueError(f"it has {size:,} characters; at most {LARGEST_BLOCK:,} are read.")
     if further := sorted(set(block) - set(KEYS)):
-        raise ValueError(f"it has further keys, {_show(further)}; expected {', '.join(KEYS)}.")
+        raise ValueError(f"it has further keys, {shown(further)}; expected {', '.join(KEYS)}.")
     if missing := [key for key in KEYS if key not in block]:
         raise ValueError(f"it lacks {', '.join(missing)}.")
     for key, hint in {"version": str, "seed": int | None, "versions": Mapping[str, str]}.items():
         try:
             _typed(block[key], hint)
         except TypeError:
-            raise ValueError(f"{key} is {_show(block[key])}; expected {hint}.") from None
+            raise ValueError(f"{key} is {shown(block[key])}; expected {hint}.") from None
     patches, penalties = _read_patches(block["patches"]), _read_penalties(block["penalties"])
     return Recipe(block["version"], patches, penalties, block["seed"], dict(block["versions"]))
 

@@ -14,10 +14,11 @@ from safetensors.torch import load_file, save_file
 from torch import nn
 
 
-__all__ = ["OUTPUTS", "PROBE", "RESULT", "make_probe", "outputs_of"]
+__all__ = ["OUTPUTS", "PROBE", "RESULT", "load_stock", "make_probe", "outputs_of"]
 
 PROBE, OUTPUTS, RESULT = "probe.safetensors", "outputs.safetensors", "result.json"
 LENGTH = 16  # tokens of the probe
+SHOWN = 3  # tensors of a wrong shape in an error
 
 
 def make_probe(model: Any) -> dict[str, torch.Tensor]:
@@ -64,13 +65,36 @@ def _tied(model: Any) -> tuple[list[str], list[str]]:
     return found
 
 
+def load_stock(loader: Any, place: Any, **settings: Any) -> Any:
+    """What `loader.from_pretrained` makes of the safetensors in a folder, running no code of it.
+
+    Raises:
+        `ValueError`: for tensors of other shapes than the configuration says, where transformers only logs which.
+    """
+    safe = {"use_safetensors": True, "trust_remote_code": False}
+    try:
+        return loader.from_pretrained(place, **safe, **settings)
+    except RuntimeError as error:
+        if "ignore_mismatched_sizes" not in str(error):
+            raise
+        without = {"device_map": "meta", "ignore_mismatched_sizes": True, "output_loading_info": True}
+        _, info = loader.from_pretrained(place, **safe, **{**settings, **without})  # of any size: no memory is taken
+        wrong = [
+            f"{name} is {list(found)}, expected {list(expected)}"
+            for name, found, expected in sorted(info["mismatched_keys"], key=lambda one: str(one[0]))
+        ]
+        more = f"; and {len(wrong) - SHOWN} more" if len(wrong) > SHOWN else ""
+        raise ValueError(
+            f"{place}: the weights do not fit its config.json: {'; '.join(wrong[:SHOWN])}{more}. One of the two files "
+            "is of another model."
+        ) from error
+
+
 def _load(request: dict[str, Any]) -> tuple[nn.Module, dict[str, Any]]:
     import transformers
 
     loader, base, adapter = (request[key] for key in ("loader", "base", "adapter"))
-    model, info = getattr(transformers, loader).from_pretrained(
-        base, use_safetensors=True, trust_remote_code=False, output_loading_info=True
-    )
+    model, info = load_stock(getattr(transformers, loader), base, output_loading_info=True)
     tied, untied = _tied(model)
     found = {
         "missing": sorted(map(str, [*info["missing_keys"], *info["mismatched_keys"]])),

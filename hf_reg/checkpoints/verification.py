@@ -21,6 +21,7 @@ from safetensors.torch import load_file, save_file
 from torch import nn
 
 from ..adapters.merging import TOLERANCES
+from ..json_text import check_size
 from ..tables import Shown
 from ..training.loss_scale import evaluating
 from .folder import ADAPTER, check_folder, find_problems, read_folder_block, weight_files
@@ -33,6 +34,7 @@ __all__ = ["Check", "Verification", "verify_checkpoint"]
 
 CLEAN = "import runpy, sys; sys.modules['hf_reg'] = None; runpy.run_path(sys.argv.pop(1), run_name='__main__')"
 SHOWN = 5  # names in a message
+LARGEST_CARD = 1_000_000  # bytes; we chose it, cards have some thousand
 DTYPES = {"F64": "float64", "F32": "float32", "F16": "float16", "BF16": "bfloat16"}  # of safetensors, and of torch
 Outputs = dict[str, torch.Tensor]
 
@@ -117,6 +119,11 @@ def _recipe(folder: Path, report: Verification) -> None:
         report.add("recipe", [], f"hf_reg {recipe.version}: {', '.join(names) or 'own penalties only'}")
 
 
+def _card_text(path: Path) -> str:
+    check_size(path, LARGEST_CARD)
+    return path.read_text(encoding="utf-8")
+
+
 def _card(folder: Path, report: Verification) -> None:
     path = folder / "README.md"
     if not path.is_file():
@@ -125,7 +132,7 @@ def _card(folder: Path, report: Verification) -> None:
         report.skip("card", "this hf_reg has no hf_reg.cards to check it with")
     else:
         cards = importlib.import_module("hf_reg.cards")
-        problems = report.attempt("card", lambda: cards.check_metadata(path.read_text(encoding="utf-8")))
+        problems = report.attempt("card", lambda: cards.check_metadata(_card_text(path)))
         if problems is not None:
             report.add("card", list(problems), "its metadata is valid")
 

@@ -5,6 +5,7 @@ from __future__ import annotations
 import warnings
 from collections import Counter
 from dataclasses import asdict, dataclass
+from pathlib import Path
 from typing import Any
 
 import torch
@@ -20,6 +21,7 @@ from torch import nn
 from transformers import CONFIG_MAPPING, AutoConfig, AutoModel, PreTrainedConfig, PreTrainedModel
 
 from ..description import Row, describe
+from ..json_text import check_size
 from ..patching import known_patches, make_patch, patched
 from ..runs.errors import RunError, one_line, refused_as_run
 from ..runs.models import with_adapter
@@ -114,7 +116,9 @@ def read_config(model: Model) -> Any:
         [`RunError`]: if there is none, or none that the installed transformers knows.
     """
     revision = model.revision or "main"
-    with refused_as_run(f"the configuration of {model.name} cannot be read"):
+    with refused_as_run(f"the configuration of {model.name} cannot be read", (Exception,)):  # classes of its own
+        if (path := Path(model.place) / "config.json").is_file():
+            check_size(path)
         said, _ = PreTrainedConfig.get_config_dict(model.place, revision=revision)
         if not said:
             raise RunError(f"the configuration of {model.name} cannot be read: it has no config.json.")
@@ -170,7 +174,8 @@ def _adapters(model: PreTrainedModel) -> list[AdapterRow]:
         try:
             with warnings.catch_warnings():
                 warnings.simplefilter("ignore")
-                adapted = with_adapter(model, LoraConfig(r=1, target_modules=targets, task_type=task))
+                with torch.device("meta"):
+                    adapted = with_adapter(model, LoraConfig(r=1, target_modules=targets, task_type=task))
         except RunError as error:
             rows.append(AdapterRow(name, f"{said}: {one_line(error)}", 0, {}))
             continue

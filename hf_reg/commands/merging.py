@@ -20,6 +20,7 @@ from safetensors import safe_open
 
 from ..adapters import MergeReport, merge_adapter
 from ..checkpoints.loading import TASKS
+from ..json_text import check_size
 from ..runs.errors import RunError, UseError, refused_as_run
 from ..tables import Shown
 
@@ -99,6 +100,7 @@ def _settings(adapter: Path) -> PeftConfig:
     if not (adapter / WEIGHTS).is_file():
         raise UseError(f"ADAPTER: {str(adapter)!r} has no {WEIGHTS}. Only safetensors are read: save it again.")
     with refused_as_run(f"{adapter / SETTINGS} cannot be read", (Exception,)):
+        check_size(adapter / SETTINGS)
         return PeftConfig.from_pretrained(str(adapter))
 
 

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 import logging
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
@@ -10,8 +9,9 @@ from importlib.util import find_spec
 from pathlib import Path
 from typing import Any
 
+from ..json_text import read_json
 from ..names import nearest
-from .errors import RecipeError, RunError, refused_as_run
+from .errors import RecipeError, RunError, refused_as_recipe, refused_as_run
 from .sections import Section
 
 
@@ -65,7 +65,7 @@ class Data(Section):
         if self.name.startswith((".", "/", "~")) and not folder.is_dir():
             raise RecipeError(f"{where}.name: there is no folder {self.name!r} (looked in {Path.cwd()}).")
         if (folder / SPLITS).is_file():
-            splits = json.loads((folder / SPLITS).read_text())["splits"]
+            splits = _splits(folder / SPLITS, f"{where}.name")
             for key, split in parts.items():
                 if split not in splits:
                     raise RecipeError(
@@ -103,6 +103,14 @@ def file_in_package(package: str, place: str, where: str = "data", key: str = "t
         if path.exists():
             return path
     raise RecipeError(f"{where}.{key}: there is no file {place!r} in the package {package} ({folders[0]}).")
+
+
+def _splits(path: Path, where: str) -> list[str]:
+    with refused_as_recipe(where):
+        found = read_json(path).get("splits")
+    if not isinstance(found, list) or not all(isinstance(one, str) for one in found):
+        raise RecipeError(f"{where}: {path} names no splits. Save the data again with DatasetDict.save_to_disk.")
+    return found
 
 
 @dataclass(frozen=True)

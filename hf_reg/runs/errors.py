@@ -28,9 +28,11 @@ class RunError(Exception):
 
 
 def one_line(error: BaseException) -> str:
-    """Its message without line breaks, and that of its cause where a library wrapped it."""
+    """Its message without line breaks, and that of its cause where a library wrapped it; what an answer of the Hub
+    means is in the message of whoever asked."""
     text = " ".join(str(error).split()) or type(error).__name__
-    cause = " ".join(str(error.__cause__ or "").split())
+    answer = "HfHubHTTPError" in [cls.__name__ for cls in type(error.__cause__).__mro__]
+    cause = "" if answer else " ".join(str(error.__cause__ or "").split())
     return f"{text} ({cause})" if cause and cause not in text else text
 
 

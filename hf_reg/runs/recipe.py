@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 import os
 from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass, field, fields
@@ -10,10 +11,10 @@ from typing import TYPE_CHECKING, Any, ClassVar
 
 import yaml
 
-from ..names import nearest
+from ..names import nearest, shown
 from ..yaml_text import dump_yaml, load_yaml
 from .data import Data
-from .errors import RecipeError
+from .errors import RecipeError, one_line
 from .sections import Section, check_keys, read_section
 
 
@@ -23,6 +24,7 @@ if TYPE_CHECKING:
 __all__ = ["Model", "Recipe", "load_recipe"]
 
 BARE = {"model": "name", "ref_model": "name", "adapter": "type"}  # sections that a text can stand for
+LARGEST = 1_000_000  # bytes of a recipe; we chose it, ours have a thousand
 DTYPES = ("auto", "float32", "bfloat16", "float16")
 
 
@@ -103,10 +105,11 @@ class Recipe(Section):
         said = {key: value for key, value in asdict(self).items() if value is not None}
         said["data"] = {key: value for key, value in said["data"].items() if value not in (None, {})}
         said["train"] = {key: value for key, value in self.train.items() if key != "resume"}
-        for key in ("model", "ref_model"):
-            if key in said:
-                own = {name: value for name, value in said[key].items() if value is not None}
-                said[key] = own if len(own) > 1 else own["name"]
+        said |= {key: _in_short(said[key]) for key in ("model", "ref_model") if key in said}
+        if not said.get("metrics"):
+            said.pop("metrics", None)
+        else:
+            said["metrics"] = [_in_short(one) for one in said["metrics"]]
         return dump_yaml({"task": self.TASK, **said})
 
     def models(self) -> dict[str, str]:
@@ -122,17 +125,41 @@ class Recipe(Section):
         return {}
 
 
+def _in_short(section: Mapping[str, Any]) -> Any:
+    own = {name: value for name, value in section.items() if value not in (None, {})}
+    return own if len(own) > 1 else own["name"]
+
+
 def _read(path: Path) -> Any:
     if not path.is_file():
-        raise RecipeError(f"there is no file {str(path)!r} (looked in {Path.cwd()}). Give the path of a YAML file.")
+        what = f"{str(path)!r} is no file" if path.exists() else f"there is no file {str(path)!r}"
+        raise RecipeError(f"{what} (looked in {Path.cwd()}). Give the path of a YAML file.")
     try:
-        return load_yaml(path.read_text(encoding="utf-8"))
+        with path.open("rb") as file:
+            text = file.read(LARGEST + 1)
+        if len(text) > LARGEST:
+            raise RecipeError(f"it is larger than {LARGEST:,} bytes, which no recipe is. Give the path of a recipe.")
+        return load_yaml(text.decode("utf-8"))
     except yaml.YAMLError as error:
         mark = getattr(error, "problem_mark", None)
         line = f"line {mark.line + 1}: " if mark else ""
-        raise RecipeError(f"{line}not YAML: {getattr(error, 'problem', None) or error}.") from error
+        raise RecipeError(f"{line}not YAML: {getattr(error, 'problem', None) or one_line(error)}.") from error
     except (OSError, UnicodeDecodeError) as error:
         raise RecipeError(f"cannot be read: {error}.") from error
+
+
+def _check_numbers(value: Any, where: str = "") -> None:
+    """Raise [`RecipeError`] for a number that nothing can be set to: not finite, or an integer beyond 64 bits."""
+    if isinstance(value, dict):
+        for key, one in value.items():
+            _check_numbers(one, f"{where}.{key}" if where else str(key))
+    elif isinstance(value, list):
+        for index, one in enumerate(value):
+            _check_numbers(one, f"{where}[{index}]")
+    elif isinstance(value, float) and not math.isfinite(value):
+        raise RecipeError(f"{where}: {value} is no finite number. Give one.")
+    elif isinstance(value, int) and abs(value) >= 2**63:
+        raise RecipeError(f"{where}: {shown(value)} is beyond the integers of 64 bits. Give a smaller one.")
 
 
 def _change(tree: dict[str, Any], change: str) -> None:
@@ -148,11 +175,16 @@ def _change(tree: dict[str, Any], change: str) -> None:
             inside = {BARE[name]: inside}
         section[name] = section = {} if inside is None else inside
         if not isinstance(section, dict):
-            raise RecipeError(f"--set {change}: {'.'.join(path[:done])} is {section!r}, which has no keys below it.")
+            raise RecipeError(
+                f"--set {change}: {'.'.join(path[:done])} is {shown(section)}, which has no keys below it."
+            )
     try:
         section[last] = load_yaml(text)
     except yaml.YAMLError as error:
-        raise RecipeError(f"--set {change}: the value is not YAML. Quote it: --set '{key}=\"...\"'.") from error
+        why = getattr(error, "problem", None) or one_line(error)
+        raise RecipeError(
+            f"--set {key}={shown(text)[1:-1]}: the value is not YAML ({why}). Quote it: --set '{key}=\"...\"'."
+        ) from error
 
 
 def load_recipe(path: Path, changes: Sequence[str] = (), resume: bool = False) -> Recipe:
@@ -165,12 +197,13 @@ def load_recipe(path: Path, changes: Sequence[str] = (), resume: bool = False) -
 
     tree = _read(path)
     if not isinstance(tree, dict):
-        raise RecipeError(f"expected keys such as task, model, data and train, found {tree!r}.")
+        raise RecipeError(f"expected keys such as task, model, data and train, found {shown(tree)}.")
     for change in changes:
         _change(tree, change)
+    _check_numbers(tree)
     task = tree.get("task")
     if not isinstance(task, str) or task not in TASKS:
-        found = "missing." if task is None else f"{task!r} is not known.{nearest(task, list(TASKS))}"
+        found = "missing." if task is None else f"{shown(task)} is not known.{nearest(task, list(TASKS))}"
         raise RecipeError(f"task: {found} Known tasks: {', '.join(TASKS)}.")
     cls = TASKS[task]
     check_keys(tree, ["task", *(one.name for one in fields(cls))], "")

@@ -36,6 +36,7 @@ def plan_table(recipe: Recipe, settings: Settings) -> Table:
     for key in ("train", "eval"):
         place = getattr(recipe.data, key)
         rows.append((f"{key} data", recipe.data.shown(place) if place else "none"))
+    rows += [("metric", f"{one.filed}, from {one.script or 'the Hub'}") for one in getattr(recipe, "metrics", ())]
     rows += [("output", str(settings.args.output_dir)), ("starts from", settings.checkpoint or "the beginning")]
     table = _table("", "what this recipe does")
     for name, value in rows:

@@ -31,6 +31,8 @@ def run_recipe(recipe: Recipe, settings: Settings, console: Console) -> dict[str
     from transformers import set_seed
 
     args = settings.args
+    if args.process_index:
+        _be_quiet()
     set_seed(args.seed)  # new heads and adapters are drawn before the trainer is made
     with args.main_process_first(desc="data"):
         data = load_data(recipe.data, recipe.COLUMNS)
@@ -55,6 +57,16 @@ def run_recipe(recipe: Recipe, settings: Settings, console: Console) -> dict[str
             trainer.save_metrics("eval", evaluated)
             metrics |= evaluated
     return metrics
+
+
+def _be_quiet() -> None:
+    """Bars and warnings are those of the first process, which does and finds the same."""
+    import datasets
+    from transformers.utils import logging
+
+    datasets.disable_progress_bars()
+    logging.disable_progress_bar()
+    logging.set_verbosity_error()
 
 
 def train_from(path: Path, changes: Sequence[str] = (), *, check: bool = False, resume: bool = False) -> None:

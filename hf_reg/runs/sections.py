@@ -8,7 +8,7 @@ from dataclasses import MISSING, dataclass, fields, is_dataclass
 from enum import Enum
 from typing import Any, ClassVar, Literal, TypeVar, Union, get_args, get_origin, get_type_hints
 
-from ..names import nearest
+from ..names import nearest, shown
 from .errors import RecipeError
 
 
@@ -63,14 +63,14 @@ def _words(hint: Any) -> str:
     if (origin or hint) in (list, tuple):
         return "a list"
     if (origin or hint) is dict:
-        return "a section of keys"
+        return f"a section of keys, each with {_words(parts[1])}" if len(parts) > 1 else "a section of keys"
     return WORDS.get(hint, getattr(hint, "__name__", str(hint)))
 
 
 def check_value(value: Any, hint: Any, where: str) -> None:
     """Raise [`RecipeError`] unless `value` is of the type `hint`."""
     if not _fits(value, hint):
-        found = "null" if value is None else f"{value!r} ({_words(type(value))})"
+        found = "null" if value is None else f"{shown(value)} ({_words(type(value))})"
         raise RecipeError(f"{where}: expected {_words(hint)}, found {found}.")
 
 
@@ -78,7 +78,7 @@ def check_keys(given: Any, known: Collection[str], where: str) -> None:
     """Raise [`RecipeError`] unless `given` is a section whose keys are all known."""
     if not isinstance(given, Mapping):
         keys = f" ({', '.join(known)})" if len(known) <= MANY else ""
-        raise RecipeError(f"{where or 'recipe'}: expected a section of keys{keys}, found {given!r}.")
+        raise RecipeError(f"{where or 'recipe'}: expected a section of keys{keys}, found {shown(given)}.")
     for key in given:
         if key not in known:
             listed = f" Known keys: {', '.join(known)}." if len(known) <= MANY else ""
@@ -90,7 +90,7 @@ def _below(where: str, key: Any) -> str:
 
 
 def _section_of(hint: Any) -> type[Section] | None:
-    """The section in `Model` or `Model | None`."""
+    """The section in `Model`, `Model | None` or `list[Model]`."""
     for part in (hint, *get_args(hint)):
         if is_dataclass(part) and isinstance(part, type) and issubclass(part, Section):
             return part
@@ -107,7 +107,8 @@ def read_section(cls: type[S], given: Any, where: str = "") -> S:
     if cls.SHORT and isinstance(given, str):
         given = {cls.SHORT: given}
     check_keys(given, [one.name for one in fields(cls)], where)
-    hints, values = get_type_hints(cls), {}
+    hints = get_type_hints(cls)
+    values: dict[str, Any] = {}
     for one in fields(cls):
         place, hint = _below(where, one.name), hints[one.name]
         if one.name not in given:
@@ -115,7 +116,10 @@ def read_section(cls: type[S], given: Any, where: str = "") -> S:
                 raise RecipeError(f"{place}: missing. {one.metadata['help']}")
             continue
         value, inner = given[one.name], _section_of(hint)
-        if inner is not None and not (value is None and type(None) in get_args(hint)):
+        if inner is not None and get_origin(hint) is list:
+            check_value(value, list, place)
+            values[one.name] = [read_section(inner, part, f"{place}[{i}]") for i, part in enumerate(value)]
+        elif inner is not None and not (value is None and type(None) in get_args(hint)):
             values[one.name] = read_section(inner, value, place)
         else:
             check_value(value, hint, place)

@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 import json
+import os
 import pickle
+import time
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -11,9 +13,18 @@ from typing import Any
 import pytest
 import torch
 from peft import LoraConfig, get_peft_model
+from safetensors.torch import load_file, save_file
 from transformers import AutoModelForCausalLM, BertModel
 
-from hf_reg import __version__, describe, load_regularized, patch_model, unpatch_model
+from hf_reg import (
+    SorsaConfig,
+    __version__,
+    describe,
+    get_regularized_peft_model,
+    load_regularized,
+    patch_model,
+    unpatch_model,
+)
 from hf_reg.checkpoints.reading import read_block
 from hf_reg.patches import TLM, DropHead, HeadMask
 from hf_reg.seams import gates
@@ -65,8 +76,6 @@ def test_adapters_come_back_with_their_base(kind: str, tmp_path: Path) -> None:
     if kind == "plain":
         model = get_peft_model(base, LoraConfig(r=2, target_modules="all-linear", task_type="CAUSAL_LM"))
     else:
-        from hf_reg import SorsaConfig, get_regularized_peft_model
-
         model = get_regularized_peft_model(base, SorsaConfig(r=2, task_type="CAUSAL_LM"))
     train(model)
     trainer = RegularizedTrainer(model=model, args=arguments(tmp_path), train_dataset=batches(), patches="tlm")
@@ -122,6 +131,14 @@ def change(path: Path, **values: Any) -> None:
     path.write_text(json.dumps(json.loads(path.read_text()) | values))
 
 
+INDEX = "model.safetensors.index.json"
+
+
+def touched(path: Path) -> Path:
+    path.touch()
+    return path
+
+
 def pickled(folder: Path) -> None:
     (folder / "model.safetensors").unlink()
     (folder / "pytorch_model.bin").write_bytes(pickle.dumps(Bomb(folder.parent / "exploded")))
@@ -145,6 +162,21 @@ def remote_code(folder: Path) -> None:
     change(folder / "config.json", model_type="unheard_of", auto_map=auto)
 
 
+def shorter(folder: Path) -> None:
+    tensors = load_file(folder / "model.safetensors")
+    for name in ("classifier.weight", "bert.embeddings.word_embeddings.weight"):
+        tensors[name] = tensors[name][:, :3].contiguous()
+    save_file(tensors, folder / "model.safetensors", metadata={"format": "pt"})
+
+
+def pipe(name: str) -> Callable[[Path], None]:
+    return lambda folder: ((folder / name).unlink(), os.mkfifo(folder / name))[1]
+
+
+def directory(name: str) -> Callable[[Path], None]:
+    return lambda folder: ((folder / name).unlink(), (folder / name).mkdir())[1]
+
+
 HOSTILE: dict[str, tuple[Callable[[Path], None], str]] = {
     "pickled weights": (pickled, r"holds only pytorch_model.bin, which may run code.*Only safetensors are read"),
     "no weights": (lambda f: (f / "model.safetensors").unlink(), r"holds no weights"),
@@ -163,6 +195,32 @@ HOSTILE: dict[str, tuple[Callable[[Path], None], str]] = {
     "no architecture": (config(architectures=None), r"architectures is None; expected one name"),
     "huge configuration": (config(x="a" * 11_000_000), r"bytes; such a file has at most 10,000,000"),
     "endless nesting": (lambda f: (f / "config.json").write_text('{"a":' + "[" * 100_000), r"is no JSON file"),
+    "deep nesting": (config(x=json.loads("[" * 900 + "]" * 900)), r"more than 100 lists and objects inside of each"),
+    "not UTF-8": (lambda f: (f / "config.json").write_bytes(b'{"a": "\xff"}'), r"is no JSON file.*can't decode"),
+    "huge hf_reg.json": (lambda f: os.truncate(touched(f / "hf_reg.json"), 100_000_000), r"has 100,000,000 bytes;"),
+    "huge index": (
+        lambda f: (f / "model.safetensors").unlink() or os.truncate(touched(f / INDEX), 10**9),
+        r"has 1,000,000,000 bytes",
+    ),
+    "sparse configuration": (lambda f: os.truncate(f / "config.json", 10**11), r"has 100,000,000,000 bytes"),
+    "shapes": (
+        shorter,
+        r"bert.embeddings.word_embeddings.weight is \[60, 3\], expected \[60, 32\]; classifier.weight is \[3, 3\], ",
+    ),
+    "endless sizes": (config(hidden_size=10**9), r"LayerNorm.bias is \[32\], expected \[1000000000\].*; and \d+ more"),
+    "no header": (lambda f: os.truncate(f / "model.safetensors", 4), r"is no whole safetensors file: .*too small"),
+    "cut header": (lambda f: os.truncate(f / "model.safetensors", 100), r"is no whole safetensors file: .*invalid"),
+    "cut tensors": (lambda f: os.truncate(f / "model.safetensors", 20_000), r"is no whole safetensors file"),
+    "endless header": (
+        lambda f: (f / "model.safetensors").write_bytes((2**62).to_bytes(8, "little") + b"{}"), r"header too large"
+    ),
+    "configuration is a folder": (directory("config.json"), r"holds neither config.json nor adapter_config.json"),
+    "configuration is a pipe": (pipe("config.json"), r"holds neither config.json nor adapter_config.json"),
+    "weights are a folder": (directory("model.safetensors"), r"holds no weights"),
+    "weights are a pipe": (pipe("model.safetensors"), r"holds no weights"),
+    "configuration of elsewhere": (
+        lambda f: ((f / "config.json").unlink(), (f / "config.json").symlink_to("/etc/passwd")), r"is no JSON file"
+    ),
     "list": (lambda f: (f / "config.json").write_text("[]"), r"holds a list; expected a JSON object"),
     "NaN": (lambda f: (f / "config.json").write_text('{"hf_reg": NaN}'), r"NaN is no number of JSON"),
     "prompt adapter": (
@@ -179,8 +237,10 @@ def test_hostile_folders_are_refused_in_words(name: str, tmp_path: Path) -> None
     spoil, text = HOSTILE[name]
     spoil(folder)
     before = {path: path.stat().st_mtime_ns for path in tmp_path.rglob("*")}
+    began = time.perf_counter()
     with pytest.raises(ValueError, match=text):
         load_regularized(folder)
+    assert time.perf_counter() - began < 2
     assert {path: path.stat().st_mtime_ns for path in tmp_path.rglob("*")} == before  # nothing ran or was written
 
 
@@ -210,6 +270,24 @@ def test_a_pickled_adapter_is_refused(tmp_path: Path) -> None:
     with pytest.raises(ValueError, match=r"holds only adapter_model.bin, which may run code"):
         load_regularized(tmp_path)
     assert not (tmp_path / "exploded").exists()
+
+
+@pytest.mark.parametrize("kind", ["lora", "sorsa"])
+def test_an_adapter_of_another_model_is_refused_in_words(kind: str, tmp_path: Path) -> None:
+    build().save_pretrained(tmp_path / "base")
+    base = AutoModelForCausalLM.from_pretrained(tmp_path / "base")
+    if kind == "lora":
+        model: Any = get_peft_model(base, LoraConfig(r=2, target_modules="all-linear", task_type="CAUSAL_LM"))
+    else:
+        model = get_regularized_peft_model(base, SorsaConfig(r=2, task_type="CAUSAL_LM"))
+    model.save_pretrained(tmp_path / "a")
+    file = tmp_path / "a" / ("adapter_model.safetensors" if kind == "lora" else "hf_reg.safetensors")
+    tensors = load_file(file)
+    name = next(name for name, one in tensors.items() if one.dim() == 2)
+    tensors[name] = tensors[name][:, 1:].contiguous()
+    save_file(tensors, file, metadata={"format": "pt"})
+    with pytest.raises(ValueError, match=r"does not fit .*down_proj.*48"):
+        load_regularized(tmp_path / "a")
 
 
 GOOD = {"version": __version__, "patches": {"tlm": {"rate": 0.1}}, "penalties": {}, "seed": 1, "versions": {}}

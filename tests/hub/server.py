@@ -1,6 +1,7 @@
 """A small Hugging Face Hub for tests: on loopback, in memory, and out of order on request.
 
-It knows what huggingface_hub 2.4 asks without xet when it creates, looks at, changes and downloads model repositories.
+It knows what huggingface_hub 2.4 asks without xet when it creates, looks at, changes and downloads model repositories,
+and what datasets 5.2 asks when it loads a data set (whose name here begins with `datasets/`).
 Status codes and error codes follow the client, which is all that it was checked against.
 """
 
@@ -14,11 +15,12 @@ import threading
 from dataclasses import dataclass, field
 from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 from typing import Any
-from urllib.parse import unquote, urlsplit
+from urllib.parse import parse_qs, unquote, urlsplit
 
 
 LARGE = (".safetensors", ".bin", ".model", ".png")
 REPOSITORY = r"(?P<repo>[^/]+/[^/]+)"
+DATASET = r"(?P<repo>datasets/[^/]+/[^/]+)"
 
 
 def sha256(data: bytes) -> str:
@@ -46,6 +48,7 @@ class Refusal(Exception):
 class Repository:
     owner: str
     private: bool = False
+    gated: bool = False
     commits: dict[str, dict[str, bytes]] = field(default_factory=dict)
     branches: dict[str, str] = field(default_factory=dict)
 
@@ -225,6 +228,8 @@ class Handler(BaseHTTPRequestHandler):
         user, found = self._user(needed=write), self.hub.repositories.get(name)
         if found is None or (found.private and user != found.owner):
             raise Refusal(401 if user is None else 404, "Repository not found", "RepoNotFound")
+        if found.gated and user != found.owner:
+            raise Refusal(401 if user is None else 403, f"Access to {name} is restricted.", "GatedRepo")
         if write:
             self._may_write(found.owner)
         return found
@@ -278,7 +283,15 @@ class Handler(BaseHTTPRequestHandler):
         found = self._repository(repo)
         name, files = found.resolve(revision)
         siblings = [{"rfilename": path} for path in sorted(files)]
-        self._say({"id": repo, "sha": name, "private": found.private, "siblings": siblings, "tags": []})
+        self._say(
+            {
+                "id": repo.removeprefix("datasets/"),
+                "sha": name,
+                "private": found.private,
+                "siblings": siblings,
+                "tags": [],
+            }
+        )
 
     def _tree(self, body: bytes, repo: str, revision: str, folder: str = "") -> None:
         files = self._repository(repo).resolve(revision)[1]
@@ -286,6 +299,12 @@ class Handler(BaseHTTPRequestHandler):
         if not inside:
             raise Refusal(404, f"{folder} does not exist", "EntryNotFound")
         self._say([{"type": "file", "path": p, "size": len(d), "oid": blob(d)} for p, d in sorted(inside.items())])
+
+    def _paths(self, body: bytes, repo: str, revision: str) -> None:
+        files = self._repository(repo).resolve(revision)[1]
+        asked = parse_qs(body.decode())["paths"] if not body.startswith(b"{") else json.loads(body)["paths"]
+        found = [(path, files[path]) for path in asked if path in files]
+        self._say([{"type": "file", "path": path, "size": len(data), "oid": blob(data)} for path, data in found])
 
     def _branch(self, body: bytes, repo: str, revision: str) -> None:
         found = self._repository(repo, write=True)
@@ -345,6 +364,10 @@ ROUTES = [
     (rf"/{REPOSITORY}\.git/info/lfs/objects/batch", Handler._batch),
     (rf"{API}(/revision/(?P<revision>[^/]+))?", Handler._info),
     (rf"{API}/tree/(?P<revision>[^/]+)(/(?P<folder>.+))?", Handler._tree),
+    (rf"/api/{DATASET}(/revision/(?P<revision>[^/]+))?", Handler._info),
+    (rf"/api/{DATASET}/tree/(?P<revision>[^/]+)(/(?P<folder>.+))?", Handler._tree),
+    (rf"/api/{DATASET}/paths-info/(?P<revision>[^/]+)", Handler._paths),
+    (rf"/{DATASET}/resolve/(?P<revision>[^/]+)/(?P<path>.+)", Handler._download),
     (rf"{API}/branch/(?P<revision>[^/]+)", Handler._branch),
     (rf"{API}/preupload/(?P<revision>[^/]+)", Handler._preupload),
     (rf"{API}/commit/(?P<revision>[^/]+)", Handler._commit),

@@ -9,6 +9,7 @@ from typing import Any, ClassVar
 from ..answers import Window, best_answer, exact_match, f1
 from ..data import TextData, with_text
 from ..errors import RecipeError, RunError, refused_as_run
+from ..metrics import Outputs, ScoredRecipe, scoring
 from ..models import check_length, load_fast_tokenizer, load_model, with_adapter
 from ..recipe import Recipe
 from ..settings import Settings
@@ -16,6 +17,9 @@ from ..settings import Settings
 
 __all__ = ["QuestionAnswering"]
 
+TRIAL = Outputs(["a b", ""], [["a b", "b"], []], answers=[
+    {"text": ["a b", "b"], "answer_start": [0, 2]}, {"text": [], "answer_start": []}
+])  # fmt: skip
 EXPECTED = "{text: [...], answer_start: [...]}, of the same length"
 
 
@@ -71,25 +75,31 @@ def _null(ids: list[int], tokenizer: Any) -> int:
     return 0
 
 
-def answer_scores(rows: Any, cuts: Any, data: ContextData) -> Callable[[Any], dict[str, float]]:
-    """Exact match and F1 in percent, by the definition of SQuAD, of the best spans of all cuts of a context."""
+def answers_of(rows: Any, cuts: Any, data: ContextData) -> Callable[[Any], Outputs]:
+    """What finds the best spans of all cuts of a context in the model's predictions."""
     owners, offsets, nulls = cuts["row"], cuts["offsets"], cuts["null"]
     contexts, answers = rows["context"], rows["answers"]
+    how: dict[str, Any] = {"n_best": data.n_best, "longest": data.max_answer_tokens, "no_answer": data.no_answer}
 
-    def scores(prediction: Any) -> dict[str, float]:
+    def outputs(prediction: Any) -> Outputs:
         windows: dict[int, list[Window]] = {}
         for start, end, owner, places, null in zip(*prediction.predictions, owners, offsets, nulls, strict=True):
             inside = [tuple(place) if place[1] > place[0] else None for place in places]
             windows.setdefault(owner, []).append(Window(start, end, inside, null))
-        how: dict[str, Any] = {"n_best": data.n_best, "longest": data.max_answer_tokens, "no_answer": data.no_answer}
         found = {owner: best_answer(contexts[owner], its, **how) for owner, its in windows.items()}
-        pairs = [(text, answers[owner]["text"]) for owner, text in found.items()]
-        return {
-            "exact_match": 100 * sum(exact_match(*pair) for pair in pairs) / len(pairs),
-            "f1": 100 * sum(f1(*pair) for pair in pairs) / len(pairs),
-        }
+        true = [answers[owner] for owner in found]
+        return Outputs(list(found.values()), [its["text"] for its in true], answers=true)
 
-    return scores
+    return outputs
+
+
+def answer_scores(outputs: Outputs) -> dict[str, float]:
+    """Exact match and F1 in percent, by the definition of SQuAD."""
+    pairs = list(zip(outputs.predictions, outputs.references, strict=True))
+    return {
+        "exact_match": 100 * sum(exact_match(*pair) for pair in pairs) / len(pairs),
+        "f1": 100 * sum(f1(*pair) for pair in pairs) / len(pairs),
+    }
 
 
 def _spans(logits: Any, labels: Any) -> Any:
@@ -97,7 +107,7 @@ def _spans(logits: Any, labels: Any) -> Any:
 
 
 @dataclass(frozen=True, kw_only=True)
-class QuestionAnswering(Recipe):
+class QuestionAnswering(ScoredRecipe):
     """The columns `context`, `question` and `answers` of SQuAD. Learned is the first answer of a question, in the cuts
     that hold it whole; the others learn that it is not there. Metrics: exact match and F1, in percent."""
 
@@ -116,6 +126,7 @@ class QuestionAnswering(Recipe):
         data = with_text(data, ("context", "question"))
         for key, rows in data.items():
             _check_answers(rows, key, self.data.no_answer)
+        further = self.further_scores(settings.args, TRIAL)
         tokenizer = load_fast_tokenizer(self.model)
         tokenizer.padding_side = "right"  # labels and offsets are counted from the left
         model = load_model(AutoModelForQuestionAnswering, self.model, settings.adapter is None)
@@ -123,7 +134,10 @@ class QuestionAnswering(Recipe):
         cuts = {key: self._cut(settings.args, rows, key, tokenizer) for key, rows in data.items()}
         own = ["row", "offsets", "null"]
         encoded = {key: found.remove_columns(own) for key, found in cuts.items()}
-        scores = answer_scores(data["eval"], cuts["eval"].select_columns(own), self.data) if "eval" in data else None
+        scores = None
+        if "eval" in data:
+            outputs = answers_of(data["eval"], cuts["eval"].select_columns(own), self.data)
+            scores = scoring(outputs, answer_scores, further)
         model = with_adapter(model, settings.adapter)
         with refused_as_run("the run cannot start"):
             return RegularizedTrainer(

@@ -10,12 +10,15 @@ from typing import Any, ClassVar
 
 from ..data import TextData, with_text
 from ..errors import RecipeError, refused_as_run
+from ..metrics import Outputs, ScoredRecipe, scoring
 from ..models import check_length, load_model, load_tokenizer, with_adapter
 from ..recipe import Recipe
 from ..settings import Settings
 
 
 __all__ = ["Seq2Seq"]
+
+TRIAL = Outputs(["one text", "another"], [["one text"], ["another"]])
 
 logger = logging.getLogger("transformers.hf_reg")
 
@@ -37,24 +40,33 @@ class PairData(TextData):
             raise RecipeError(f"{where}.max_target_tokens: {self.max_target_tokens} is out of range; give 2 or more.")
 
 
-def translation_scores(tokenizer: Any) -> Callable[[Any], dict[str, float]]:
-    """BLEU and chrF of sacrebleu, with its defaults, for generated token ids."""
+def texts_of(tokenizer: Any) -> Callable[[Any], Outputs]:
+    """What makes texts of generated token ids, and of the true ones."""
     import numpy as np
-    from sacrebleu import corpus_bleu, corpus_chrf
 
     def texts(ids: Any) -> list[str]:
         return tokenizer.batch_decode(np.where(ids < 0, tokenizer.pad_token_id, ids), skip_special_tokens=True)
 
-    def scores(prediction: Any) -> dict[str, float]:
-        found, true = prediction.predictions, prediction.label_ids
-        written, wanted = texts(found[0] if isinstance(found, tuple) else found), [texts(true)]
-        return {"bleu": corpus_bleu(written, wanted).score, "chrf": corpus_chrf(written, wanted).score}
+    def outputs(prediction: Any) -> Outputs:
+        found = prediction.predictions
+        written = texts(found[0] if isinstance(found, tuple) else found)
+        return Outputs(written, [[true] for true in texts(prediction.label_ids)])
 
-    return scores
+    return outputs
+
+
+def translation_scores(outputs: Outputs) -> dict[str, float]:
+    """BLEU and chrF of sacrebleu, with its defaults."""
+    from sacrebleu import corpus_bleu, corpus_chrf
+
+    wanted = [[true for (true,) in outputs.references]]
+    return {
+        "bleu": corpus_bleu(outputs.predictions, wanted).score, "chrf": corpus_chrf(outputs.predictions, wanted).score
+    }  # fmt: skip
 
 
 @dataclass(frozen=True, kw_only=True)
-class Seq2Seq(Recipe):
+class Seq2Seq(ScoredRecipe):
     """The columns `source` and `target`. With `train.predict_with_generate`, an evaluation also generates, and scores
     the texts with sacrebleu: BLEU and chrF."""
 
@@ -68,17 +80,21 @@ class Seq2Seq(Recipe):
 
     def check(self, where: str) -> None:
         super().check(where)
-        if self.train.get("predict_with_generate") and find_spec("sacrebleu") is None:
+        generates = self.train.get("predict_with_generate")
+        if generates and find_spec("sacrebleu") is None:
             raise RecipeError(
                 "train.predict_with_generate: sacrebleu, which scores generated texts, is not installed: pip install "
-                "sacrebleu, or leave it out for the loss alone."
+                '"hf_reg[train]", or leave it out for the loss alone.'
             )
+        if self.metrics and not generates:
+            raise RecipeError("metrics: are of generated texts. Set train.predict_with_generate: true.")
 
     def make_trainer(self, settings: Settings, data: Mapping[str, Any]) -> Any:
         from transformers import AutoModelForSeq2SeqLM, DataCollatorForSeq2Seq
 
         from ...seq2seq_trainer import RegularizedSeq2SeqTrainer
 
+        further = self.further_scores(settings.args, TRIAL)
         tokenizer = load_tokenizer(self.model)
         model = load_model(AutoModelForSeq2SeqLM, self.model, settings.adapter is None)
         check_length(max(self.data.max_tokens, self.data.max_target_tokens), tokenizer, model)
@@ -90,7 +106,7 @@ class Seq2Seq(Recipe):
             return RegularizedSeq2SeqTrainer(
                 model, settings.args, train_dataset=encoded["train"], eval_dataset=encoded.get("eval"),
                 processing_class=tokenizer, data_collator=collator,
-                compute_metrics=translation_scores(tokenizer) if generates else None,
+                compute_metrics=scoring(texts_of(tokenizer), translation_scores, further) if generates else None,
             )  # fmt: skip
 
     def _encoded(self, args: Any, data: Mapping[str, Any], tokenizer: Any) -> dict[str, Any]:

@@ -8,6 +8,7 @@ from typing import Any, ClassVar
 
 from ..data import TextData, with_text
 from ..errors import RunError, refused_as_run
+from ..metrics import Outputs, ScoredRecipe, class_scores, likeliest, scoring
 from ..models import check_length, class_config, load_model, load_tokenizer, with_adapter
 from ..recipe import Recipe
 from ..settings import Settings
@@ -47,21 +48,8 @@ def _labels(rows: Any, key: str) -> list[Any]:
     return sorted(found)
 
 
-def scores(prediction: Any) -> dict[str, float]:
-    """Accuracy, and F1 as the mean over classes."""
-    from sklearn.metrics import accuracy_score, f1_score
-
-    found, true = prediction.predictions, prediction.label_ids
-    macro = f1_score(true, found, average="macro", zero_division=0)
-    return {"accuracy": float(accuracy_score(true, found)), "macro_f1": float(macro)}
-
-
-def _likeliest(logits: Any, labels: Any) -> Any:
-    return (logits[0] if isinstance(logits, tuple) else logits).argmax(-1)
-
-
 @dataclass(frozen=True, kw_only=True)
-class SequenceClassification(Recipe):
+class SequenceClassification(ScoredRecipe):
     """The columns `text` (and `text_pair`) and `label`: texts, integers or a `ClassLabel`. Their number is that of the
     classes, their names go into the model's configuration."""
 
@@ -85,10 +73,16 @@ class SequenceClassification(Recipe):
         labels = label_names(data)
         tokenizer = load_tokenizer(self.model)
         config, ids = class_config(self.model, labels, getattr(data["train"].features["label"], "names", None))
+        names = [config.id2label[index] for index in range(len(ids))]
+        every = list(range(len(ids)))
+        further = self.further_scores(settings.args, Outputs(every, every, names))
         model = load_model(AutoModelForSequenceClassification, self.model, settings.adapter is None, config=config)
         if model.config.get_text_config().pad_token_id is None:  # where it ends a text, models look for the last token
             model.config.get_text_config().pad_token_id = tokenizer.pad_token_id
         check_length(self.data.max_tokens, tokenizer, model)
+
+        def outputs(found: Any) -> Outputs:
+            return Outputs(found.predictions.tolist(), found.label_ids.tolist(), names)
 
         def encode(rows: Mapping[str, list[Any]]) -> dict[str, Any]:
             texts = [rows[column] for column in columns]
@@ -104,5 +98,5 @@ class SequenceClassification(Recipe):
             return RegularizedTrainer(
                 model, settings.args, train_dataset=encoded["train"], eval_dataset=encoded.get("eval"),
                 processing_class=tokenizer, data_collator=DataCollatorWithPadding(tokenizer),
-                compute_metrics=scores, preprocess_logits_for_metrics=_likeliest,
+                compute_metrics=scoring(outputs, class_scores, further), preprocess_logits_for_metrics=likeliest,
             )  # fmt: skip

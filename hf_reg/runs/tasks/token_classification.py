@@ -9,6 +9,7 @@ from typing import Any, ClassVar
 
 from ..data import TextData
 from ..errors import RunError, refused_as_run
+from ..metrics import Outputs, ScoredRecipe, class_scores, likeliest, scoring
 from ..models import check_length, class_config, load_fast_tokenizer, load_model, with_adapter, word_prefix
 from ..recipe import Recipe
 from ..settings import Settings
@@ -73,22 +74,8 @@ def tag_names(data: Mapping[str, Any]) -> list[Any]:
     return found
 
 
-def scores(prediction: Any) -> dict[str, float]:
-    """Accuracy over words, and F1 as the mean over tags; not over entities, whose spans are not put together."""
-    from sklearn.metrics import accuracy_score, f1_score
-
-    counted = prediction.label_ids != IGNORED
-    found, true = prediction.predictions[counted], prediction.label_ids[counted]
-    macro = f1_score(true, found, average="macro", zero_division=0)
-    return {"accuracy": float(accuracy_score(true, found)), "macro_f1": float(macro)}
-
-
-def _likeliest(logits: Any, labels: Any) -> Any:
-    return (logits[0] if isinstance(logits, tuple) else logits).argmax(-1)
-
-
 @dataclass(frozen=True, kw_only=True)
-class TokenClassification(Recipe):
+class TokenClassification(ScoredRecipe):
     """The columns `tokens` (a list of words) and `tags` (as many texts, integers or `ClassLabel`s). A word of several
     pieces is learned, and scored, at its first one. The metrics are over words: entities are not put together."""
 
@@ -108,17 +95,29 @@ class TokenClassification(Recipe):
         data = {key: _checked(rows, key) for key, rows in data.items()}
         tags = tag_names(data)
         tokenizer = load_fast_tokenizer(self.model)
-        names = getattr(_element(data["train"], "tags", "train"), "names", None)
-        config, ids = class_config(self.model, tags, names)
+        own = getattr(_element(data["train"], "tags", "train"), "names", None)
+        config, ids = class_config(self.model, tags, own)
+        names = [config.id2label[index] for index in range(len(ids))]
+        every = [list(range(len(ids)))]
+        further = self.further_scores(settings.args, Outputs(every, every, names))
         model = load_model(AutoModelForTokenClassification, self.model, settings.adapter is None, config=config)
         check_length(self.data.max_tokens, tokenizer, model)
         encoded = self._encoded(settings.args, data, tokenizer, ids)
+
+        def outputs(found: Any) -> Outputs:
+            scored = [true != IGNORED for true in found.label_ids]
+            parts = (found.predictions, found.label_ids)
+            predictions, references = (
+                [one[mask].tolist() for one, mask in zip(part, scored, strict=True)] for part in parts
+            )
+            return Outputs(predictions, references, names)
+
         model = with_adapter(model, settings.adapter)
         with refused_as_run("the run cannot start"):
             return RegularizedTrainer(
                 model, settings.args, train_dataset=encoded["train"], eval_dataset=encoded.get("eval"),
                 processing_class=tokenizer, data_collator=DataCollatorForTokenClassification(tokenizer),
-                compute_metrics=scores, preprocess_logits_for_metrics=_likeliest,
+                compute_metrics=scoring(outputs, class_scores, further), preprocess_logits_for_metrics=likeliest,
             )  # fmt: skip
 
     def _encoded(self, args: Any, data: Mapping[str, Any], tokenizer: Any, ids: Mapping[Any, int]) -> dict[str, Any]:
