@@ -18,7 +18,7 @@ TEXT = (".json", ".jinja", ".md", ".txt", ".yaml", ".yml")
 PLAIN = (*WEIGHTS, *TEXT, ".model", ".png", ".tiktoken")  # .model: SentencePiece
 NAMES = ("LICENSE", "NOTICE")
 LEFT_OUT = (  # of a training run, and hidden
-    ".*", "__pycache__", "*.partial", "checkpoint-*", "global_step*", "optimizer.*", "optimizer_*",
+    ".*", "__pycache__", "*.partial", "_saving-*", "checkpoint-*", "global_step*", "optimizer.*", "optimizer_*",
     "pytorch_model_fsdp_*", "rng_state*.pth", "runs", "scaler.pt", "scheduler.pt", "trainer_state.json",
     "training_args.bin", STATE,
 )  # fmt: skip

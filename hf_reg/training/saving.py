@@ -1,10 +1,11 @@
-"""Saving from a trainer: files get their names when all are written; hf_reg.json beside adapters."""
+"""Saving from a trainer: files take their places when all are written, at once; hf_reg.json beside adapters."""
 
 from __future__ import annotations
 
 import re
 from collections.abc import Iterator
 from contextlib import contextmanager
+from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -20,6 +21,7 @@ else:
     _Base = object
 
 WEIGHTS = re.compile(r"(adapter_)?model(-\d{5}-of-\d{5})?\.safetensors(\.index\.json)?")
+ADAPTER = "adapter_config.json"
 FACTORS = ("hf_reg.json", "hf_reg.safetensors")  # of an adapter
 
 
@@ -38,13 +40,13 @@ def _write_training(model: Any, folder: Path) -> None:
             write_settings(model, place)
 
 
-def _left_over(folder: Path, written: set[str]) -> list[Path]:
-    """Weights of an earlier checkpoint in `folder` that a loader would take for those just written."""
-    if "adapter_config.json" in written:
-        return [folder / name for name in FACTORS if name not in written]
-    if not any(WEIGHTS.fullmatch(name) for name in written):
-        return []
-    return [path for path in folder.iterdir() if WEIGHTS.fullmatch(path.name) and path.name not in written]
+def _outdated(folder: Path, written: set[str]) -> set[str]:
+    """Files of an earlier checkpoint in `folder` that a loader would take for those of the one just written."""
+    adapters = [Path(name).parent for name in written if Path(name).name == ADAPTER]
+    found = {(place / name).as_posix() for place in adapters for name in FACTORS}
+    if ADAPTER not in written and any(WEIGHTS.fullmatch(name) for name in written):  # a whole model
+        found |= {path.name for path in folder.iterdir() if WEIGHTS.fullmatch(path.name)} | {ADAPTER, *FACTORS}
+    return found
 
 
 @contextmanager
@@ -58,8 +60,8 @@ def _without_token(args: Any) -> Iterator[None]:
 
 
 class SavingMixin(_Base):
-    """What a trainer writes takes the place of an earlier checkpoint when it is complete, file by file; what it pushes
-    is what [`~hf_reg.push_to_hub`] pushes."""
+    """What a trainer writes takes the place of an earlier checkpoint when it is complete, at once; what it pushes is
+    what [`~hf_reg.push_to_hub`] pushes."""
 
     bare_model: Any
 
@@ -102,12 +104,9 @@ class SavingMixin(_Base):
             with _without_token(self.args):
                 super()._save(str(folder), state_dict)
             return
-        with staging(folder) as unfinished:
+        with staging(folder, partial(_outdated, folder)) as unfinished:
             if (folder / "README.md").is_file():  # PEFT adds to a card that is there
                 (unfinished / "README.md").write_bytes((folder / "README.md").read_bytes())
             with _without_token(self.args):
                 super()._save(str(unfinished), state_dict)
             _write_training(self.bare_model, unfinished)
-            written = {path.name for path in unfinished.iterdir()}
-        for path in _left_over(folder, written):
-            path.unlink(missing_ok=True)
