@@ -9,8 +9,12 @@ from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+from transformers.trainer_utils import HubStrategy
+
 from ..checkpoints.block import block_of
 from ..files import staging
+from ..messages import say
+from ..resuming import last_checkpoint
 
 
 __all__ = ["SavingMixin"]
@@ -97,6 +101,31 @@ class SavingMixin(_Base):
             revision=revision or args.hub_revision, commit_message=commit_message or "End of training",
             base_model=found.pop("base_model", None), **found,
         )  # fmt: skip
+
+    def init_hf_repo(self, *args: Any, **kwargs: Any) -> None:
+        if self.args.hub_strategy in (HubStrategy.CHECKPOINT, HubStrategy.ALL_CHECKPOINTS):
+            raise ValueError(
+                f"hub_strategy={self.args.hub_strategy.value!r} would push the pickled states of the optimizer and of "
+                "the random streams, which hf_reg does not. Expected 'every_save' or 'end'."
+            )
+        super().init_hf_repo(*args, **kwargs)
+
+    def _push_from_checkpoint(self, checkpoint_folder: str) -> None:
+        """In place of that of `Trainer`, which sends the token in `training_args.bin`. Every process calls it."""
+        if self.args.hub_strategy == HubStrategy.END:
+            return
+        from ..hub import PushError
+
+        try:
+            self.push_to_hub(f"Training in progress, step {self.state.global_step}")
+        except PushError as error:
+            say(f"Step {self.state.global_step} is saved, but not pushed, and training goes on: {error}")
+
+    def train(self, resume_from_checkpoint: str | bool | None = None, *args: Any, **kwargs: Any) -> Any:
+        """As in [`~transformers.Trainer`]; `True` goes on from the last checkpoint that was written to its end."""
+        if resume_from_checkpoint is True:
+            resume_from_checkpoint = last_checkpoint(Path(self.args.output_dir)) or True
+        return super().train(resume_from_checkpoint, *args, **kwargs)
 
     def _save(self, output_dir: str | None = None, state_dict: dict | None = None) -> None:
         folder = Path(self.args.output_dir if output_dir is None else output_dir)
