@@ -14,8 +14,12 @@ from torch import nn
 from transformers import TrainingArguments
 
 
-__all__ = ["check_launch", "data_parallel", "named_whole_parameters", "seed_rank", "whole", "wrap_anew"]
+__all__ = ["GATHER", "check_launch", "data_parallel", "named_whole_parameters", "seed_rank", "whole", "wrap_anew"]
 
+GATHER = (
+    "A sharded model is saved whole with FSDP's state_dict_type FULL_STATE_DICT, or with DeepSpeed's "
+    "stage3_gather_16bit_weights_on_model_save."
+)
 ADAPTERS = ("*.lora_*", "*.sorsa_*", "*.modules_to_save.*", "*.ia3_*", "*.vera_*", "*.oft_*", "*.hada_*", "*.lokr_*")
 
 

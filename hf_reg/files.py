@@ -50,7 +50,12 @@ def staging(folder: Path, outdated: Callable[[set[str]], Iterable[str]] = lambda
     Args:
         folder (`Path`): made if it is not there.
         outdated (`Callable`, *optional*): from the paths that were written to the files of `folder` that go with them.
+
+    Raises:
+        `ValueError`: if `folder` is a file.
     """
+    if folder.is_file():
+        raise ValueError(f"{folder} is a file: expected a folder to save into.")
     finish_dead_saves(folder)
     process = psutil.Process()
     work = folder / f"_saving-{platform.node()}-{process.pid}-{process.create_time():.0f}-{uuid.uuid4().hex}"

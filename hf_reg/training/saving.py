@@ -2,17 +2,16 @@
 
 from __future__ import annotations
 
-import re
 from collections.abc import Iterator
 from contextlib import contextmanager
-from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from transformers.trainer_utils import HubStrategy
 
 from ..checkpoints.block import block_of
-from ..files import staging
+from ..checkpoints.writing import replacing_checkpoint
+from ..distributed import GATHER
 from ..messages import say
 from ..resuming import last_checkpoint
 
@@ -23,10 +22,6 @@ if TYPE_CHECKING:
     from transformers import Trainer as _Base  # what it is mixed into
 else:
     _Base = object
-
-WEIGHTS = re.compile(r"(adapter_)?model(-\d{5}-of-\d{5})?\.safetensors(\.index\.json)?")
-ADAPTER = "adapter_config.json"
-FACTORS = ("hf_reg.json", "hf_reg.safetensors")  # of an adapter
 
 
 def _write_training(model: Any, folder: Path) -> None:
@@ -42,15 +37,6 @@ def _write_training(model: Any, folder: Path) -> None:
         place = folder if name == "default" else folder / name
         if place.is_dir() and not isinstance(config, SvdAdapterConfig):
             write_settings(model, place)
-
-
-def _outdated(folder: Path, written: set[str]) -> set[str]:
-    """Files of an earlier checkpoint in `folder` that a loader would take for those of the one just written."""
-    adapters = [Path(name).parent for name in written if Path(name).name == ADAPTER]
-    found = {(place / name).as_posix() for place in adapters for name in FACTORS}
-    if ADAPTER not in written and any(WEIGHTS.fullmatch(name) for name in written):  # a whole model
-        found |= {path.name for path in folder.iterdir() if WEIGHTS.fullmatch(path.name)} | {ADAPTER, *FACTORS}
-    return found
 
 
 @contextmanager
@@ -127,15 +113,32 @@ class SavingMixin(_Base):
             resume_from_checkpoint = last_checkpoint(Path(self.args.output_dir)) or True
         return super().train(resume_from_checkpoint, *args, **kwargs)
 
+    def _gathers(self) -> bool:
+        """Whether what is saved is the whole model, where it is sharded."""
+        if self.is_fsdp_enabled:
+            return "FULL_STATE_DICT" in str(self.accelerator.state.fsdp_plugin.state_dict_type)
+        engine = self.deepspeed
+        return (
+            engine is None or engine.zero_optimization_stage() < 3 or engine.zero_gather_16bit_weights_on_model_save()
+        )
+
+    def save_model(self, output_dir: str | None = None, _internal_call: bool = False) -> None:
+        """As in [`~transformers.Trainer`]; in one step, over an earlier checkpoint too.
+
+        Raises:
+            `ValueError`: for a sharded model that is not gathered: `Trainer` would write no weights, without a word.
+        """
+        if not (_internal_call or self._gathers()):
+            raise ValueError(f"save_model would write no weights: they stay in their shards. {GATHER}")
+        super().save_model(output_dir, _internal_call)
+
     def _save(self, output_dir: str | None = None, state_dict: dict | None = None) -> None:
         folder = Path(self.args.output_dir if output_dir is None else output_dir)
         if not self.args.should_save:  # takes part in gathering
             with _without_token(self.args):
                 super()._save(str(folder), state_dict)
             return
-        with staging(folder, partial(_outdated, folder)) as unfinished:
-            if (folder / "README.md").is_file():  # PEFT adds to a card that is there
-                (unfinished / "README.md").write_bytes((folder / "README.md").read_bytes())
+        with replacing_checkpoint(folder) as unfinished:
             with _without_token(self.args):
                 super()._save(str(unfinished), state_dict)
             _write_training(self.bare_model, unfinished)

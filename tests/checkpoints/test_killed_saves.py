@@ -22,8 +22,8 @@ from peft import LoraConfig, PeftModel, get_peft_model
 from transformers import AutoModelForCausalLM
 
 from hf_reg import SorsaConfig, get_regularized_peft_model
+from hf_reg.checkpoints.writing import replacing_checkpoint
 from hf_reg.files import finish_dead_saves, staging
-from hf_reg.training.saving import _outdated
 
 from ..adapters.models import build, logits
 
@@ -118,7 +118,7 @@ def killed(save: Callable[[], None], before: int) -> bool:
 
 
 def over(folder: Path, source: Path) -> None:
-    with staging(folder, partial(_outdated, folder)) as unfinished:
+    with replacing_checkpoint(folder) as unfinished:
         shutil.copytree(source, unfinished, dirs_exist_ok=True)
 
 
@@ -219,6 +219,21 @@ def test_finishing_may_be_killed_too(prepared: tuple[Path, Path], tmp_path: Path
         if not dies:
             break
     assert moment > 5
+
+
+def test_saves_of_svd_adapters_are_whole_without_a_trainer(tmp_path: Path) -> None:
+    sorsa(tmp_path / "folder", 0.0)
+    shutil.copytree(tmp_path / "folder", tmp_path / "done")
+    sorsa(tmp_path / "done", 0.1)
+    states, found = [seen(tmp_path / name) for name in ("folder", "done")], []
+    for moment in (*range(0, 100, 6), 1000):
+        folder = tmp_path / str(moment)
+        shutil.copytree(tmp_path / "folder", folder)
+        killed(partial(sorsa, folder, 0.1), moment)
+        found.append(states.index(seen(folder)))
+    assert found == sorted(found) and found[0] == 0 and found[-1] == 1
+    with pytest.raises(ValueError, match="is a file: expected a folder"):
+        sorsa(tmp_path / "done" / "hf_reg.json", 0.1)
 
 
 def test_only_what_dead_saves_left_goes(tmp_path: Path) -> None:
