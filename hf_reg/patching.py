@@ -176,7 +176,7 @@ def _attach(model: nn.Module, patch: Patch, gates: list[tuple[AttentionSite, Gat
             site.module.add_module(SEAM, seam)
             connect(site.module, seam, site.kind)
         reference = next(site.module.parameters(), None)
-        if reference is not None:
+        if reference is not None and not reference.is_meta:  # of a layer that is offloaded: it runs elsewhere
             gate.to(reference.device)
         seam.add_module(patch.name, gate)
         seam.train(site.module.training)
