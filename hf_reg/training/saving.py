@@ -117,10 +117,10 @@ class SavingMixin(_Base):
         """Whether what is saved is the whole model, where it is sharded."""
         if self.is_fsdp_enabled:
             return "FULL_STATE_DICT" in str(self.accelerator.state.fsdp_plugin.state_dict_type)
-        engine = self.deepspeed
-        return (
-            engine is None or engine.zero_optimization_stage() < 3 or engine.zero_gather_16bit_weights_on_model_save()
-        )
+        engine: Any = self.deepspeed
+        if engine is None or engine.zero_optimization_stage() < 3 or hasattr(self.bare_model, "peft_config"):
+            return True  # of an adapter `Trainer` gathers what was trained, whatever the setting
+        return engine.zero_gather_16bit_weights_on_model_save()
 
     def save_model(self, output_dir: str | None = None, _internal_call: bool = False) -> None:
         """As in [`~transformers.Trainer`]; in one step, over an earlier checkpoint too.

@@ -60,7 +60,7 @@ def main(kind: str, folder: Path) -> None:
     from hf_reg import push_to_hub
 
     got: dict[str, str] = {}
-    for name in ("bert", "sorsa", "lora"):
+    for name in ("sorsa", "lora", "bert"):
         made = trainer(name, kind, folder)
         made.train()
         made.save_model(str(folder / name / "final"))
@@ -80,7 +80,7 @@ def main(kind: str, folder: Path) -> None:
     resource.setrlimit(resource.RLIMIT_FSIZE, (resource.RLIM_INFINITY, resource.RLIM_INFINITY))
     keep_apart(made)
     failures.append(failure(push))
-    failures.append(failure(lambda: made.save_model(str(folder / "lora" / "final"))))
+    failures.append(failure(lambda: made.save_model(str(folder / "bert" / "final"))))
     torch.save([got, failures], folder / f"{rank}.pt")
 
 
