@@ -60,7 +60,7 @@ def attach(model: nn.Module, name: str, gates: Gates) -> None:
         seam = seam_at(site) or _make_seam(site)
         module, _ = carrier(site)
         reference = next(module.parameters(), None)
-        if reference is not None:
+        if reference is not None and not reference.is_meta:  # of a layer that is offloaded: it runs elsewhere
             gate.to(reference.device)
         seam.add_module(name, gate)
         seam.train(module.training)

@@ -6,6 +6,7 @@ from __future__ import annotations
 import hashlib
 import os
 from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
 from fnmatch import fnmatchcase
 
 import torch
@@ -14,8 +15,21 @@ from torch import nn
 from transformers import TrainingArguments
 
 
-__all__ = ["check_launch", "data_parallel", "named_whole_parameters", "seed_rank", "whole", "wrap_anew"]
+__all__ = [
+    "GATHER",
+    "check_launch",
+    "data_parallel",
+    "loading_whole",
+    "named_whole_parameters",
+    "seed_rank",
+    "whole",
+    "wrap_anew",
+]
 
+GATHER = (
+    "A sharded model is saved whole with FSDP's state_dict_type FULL_STATE_DICT, or with DeepSpeed's "
+    "stage3_gather_16bit_weights_on_model_save."
+)
 ADAPTERS = ("*.lora_*", "*.sorsa_*", "*.modules_to_save.*", "*.ia3_*", "*.vera_*", "*.oft_*", "*.hada_*", "*.lokr_*")
 
 
@@ -68,6 +82,24 @@ def data_parallel(accelerator: Accelerator) -> tuple[int, int]:
     config = getattr(accelerator, "parallelism_config", None)
     sharing = getattr(config, "non_data_parallel_size", 1) if config is not None else 1
     return accelerator.process_index // sharing, max(accelerator.num_processes // sharing, 1)
+
+
+@contextmanager
+def loading_whole() -> Iterator[None]:
+    """What this process loads meanwhile is whole, and no concern of the others.
+
+    Under ZeRO-3 transformers would shard it as soon as it is made: a process that loads alone would wait forever.
+    """
+    from transformers.integrations import deepspeed
+
+    reference = deepspeed._hf_deepspeed_config_weak_ref
+    config = None if reference is None else reference()
+    deepspeed.unset_hf_deepspeed_config()
+    try:
+        yield
+    finally:
+        if config is not None:
+            deepspeed.set_hf_deepspeed_config(config)
 
 
 def wrap_anew(accelerator: Accelerator, model: nn.Module, wrapped: nn.Module) -> None:

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import os
 from collections.abc import Iterator, Sequence
-from contextlib import contextmanager
+from contextlib import contextmanager, nullcontext
 from pathlib import Path
 from typing import Any
 
@@ -13,6 +13,8 @@ from peft import LoraConfig, PeftModel, get_peft_model
 from peft.mapping_func import MODEL_TYPE_TO_PEFT_MODEL_MAPPING
 from peft.tuners.lora.layer import Linear
 from torch import nn
+
+from hf_reg.checkpoints.writing import replacing_checkpoint
 
 from .config import SvdAdapterConfig
 from .initialisation import initialise
@@ -104,7 +106,8 @@ class _Regularized(PeftModel):
         **kwargs: Any,
     ) -> None:
         """Write plain LoRA adapters (SVD adapters at twice their rank, exactly equal) that stock PEFT loads, and
-        beside each SVD adapter hf_reg.json and hf_reg.safetensors, with which training goes on.
+        beside each SVD adapter hf_reg.json and hf_reg.safetensors, with which training goes on. All take the place of
+        an earlier checkpoint in one step: it stays whole if the process is killed before.
 
         Raises:
             `ValueError`: for `safe_serialization=False`, and where PEFT raises one.
@@ -127,21 +130,22 @@ class _Regularized(PeftModel):
             for name in ours:
                 plain = plain_state_dict(self, name, plain)
             kwargs["state_dict"] = plain
-        try:
-            self.peft_config |= {name: plain_config(config) for name, config in ours.items()}
-            super().save_pretrained(
-                str(save_directory),
-                selected_adapters=None if selected_adapters is None else list(selected_adapters),
-                save_embedding_layers=save_embedding_layers,
-                is_main_process=is_main_process,
-                **kwargs,
-            )
-        finally:
-            self.peft_config |= ours
-        if is_main_process:
-            for name, config in ours.items():
-                folder = Path(save_directory) / ("" if name == "default" else name)
-                write_factors(self, name, config, state, folder)
+        place = Path(save_directory)
+        with replacing_checkpoint(place) if is_main_process else nullcontext(place) as folder:
+            try:
+                self.peft_config |= {name: plain_config(config) for name, config in ours.items()}
+                super().save_pretrained(
+                    str(folder),
+                    selected_adapters=None if selected_adapters is None else list(selected_adapters),
+                    save_embedding_layers=save_embedding_layers,
+                    is_main_process=is_main_process,
+                    **kwargs,
+                )
+            finally:
+                self.peft_config |= ours
+            if is_main_process:
+                for name, config in ours.items():
+                    write_factors(self, name, config, state, folder / ("" if name == "default" else name))
 
     def _unfold(self, names: Sequence[str] | None = None) -> None:
         for name in self._svd_adapters() if names is None else names:

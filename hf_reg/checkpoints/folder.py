@@ -28,7 +28,7 @@ HUB = ("revision", "token", "cache_dir", "local_files_only", "force_download")  
 PICKLES = (".bin", ".ckpt", ".joblib", ".npy", ".npz", ".pickle", ".pkl", ".pt", ".pth")
 CODE = (".bat", ".dll", ".dylib", ".exe", ".ps1", ".py", ".pyc", ".sh", ".so")
 ARGUMENTS = "training_args.bin"  # Trainer pickles its arguments beside the model; no loader reads them
-LEFT_OUT = re.compile(r"checkpoint-\d+|runs|\.git|\.cache")  # folders that are no part of a checkpoint
+LEFT_OUT = re.compile(r"checkpoint-\d+|runs|_saving-.*|\.git|\.cache")  # folders that are no part of a checkpoint
 TOKEN = re.compile(rb"\bhf_[A-Za-z0-9]{20,}")
 
 

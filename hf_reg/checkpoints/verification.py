@@ -21,6 +21,7 @@ from safetensors.torch import load_file, save_file
 from torch import nn
 
 from ..adapters.merging import TOLERANCES
+from ..distributed import loading_whole
 from ..json_text import check_size
 from ..tables import Shown
 from ..training.loss_scale import evaluating
@@ -243,7 +244,8 @@ def verify_checkpoint(
             against = "the live model" if model is not None else "load_regularized"
             live = model
             if live is None:
-                live = report.attempt("recipe", lambda: load_regularized(folder, base=base))
+                with loading_whole():
+                    live = report.attempt("recipe", lambda: load_regularized(folder, base=base))
             here = None if live is None else report.attempt("logits", lambda: _outputs(live, load_file(out / PROBE)))
             if here:
                 _compare(report, load_file(out / OUTPUTS), here, against)

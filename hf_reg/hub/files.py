@@ -8,6 +8,7 @@ from collections.abc import Iterable, Iterator
 from fnmatch import fnmatchcase
 from pathlib import Path
 
+from ..distributed import GATHER
 from ..training.callback import STATE
 
 
@@ -18,7 +19,7 @@ TEXT = (".json", ".jinja", ".md", ".txt", ".yaml", ".yml")
 PLAIN = (*WEIGHTS, *TEXT, ".model", ".png", ".tiktoken")  # .model: SentencePiece
 NAMES = ("LICENSE", "NOTICE")
 LEFT_OUT = (  # of a training run, and hidden
-    ".*", "__pycache__", "*.partial", "checkpoint-*", "global_step*", "optimizer.*", "optimizer_*",
+    ".*", "__pycache__", "*.partial", "_saving-*", "checkpoint-*", "global_step*", "optimizer.*", "optimizer_*",
     "pytorch_model_fsdp_*", "rng_state*.pth", "runs", "scaler.pt", "scheduler.pt", "trainer_state.json",
     "training_args.bin", STATE,
 )  # fmt: skip
@@ -65,8 +66,7 @@ def select(folder: Path) -> tuple[list[str], list[str]]:
     if not (weights and names & {"config.json", "adapter_config.json"}):
         raise ValueError(
             f"{folder} is no checkpoint (found {', '.join(files) or 'no file'}): expected config.json or "
-            "adapter_config.json, and weights in safetensors. Write them with save_pretrained; with FSDP, gather them "
-            "(fsdp_state_dict_type: FULL_STATE_DICT)."
+            f"adapter_config.json, and weights in safetensors. Write them with save_pretrained. {GATHER}"
         )
     return files, left_out
 

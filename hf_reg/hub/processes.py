@@ -26,27 +26,37 @@ def from_main_process(everywhere: Callable[[], First], then: Callable[[First], R
         return then(everywhere())
     distributed.barrier()  # a process that is not here at all is missed within the usual time
     group = distributed.new_group(backend="gloo", timeout=PATIENCE)  # to wait for as long as an upload takes
+    try:
+        first = _attempt(everywhere, group)
+        result = _attempt(lambda: then(first) if distributed.get_rank() == 0 else None, group)
+        told = [result]
+        distributed.broadcast_object_list(told, src=0, group=group)
+        return told[0]  # type: ignore[return-value]
+    finally:
+        distributed.destroy_process_group(group)
+
+
+def _attempt(action: Callable[[], Result], group: Any) -> Result:
+    """What `action` returns, if it does on every process; a failure is told before it is raised: the others wait."""
+    distributed: Any = sys.modules["torch.distributed"]
     result, failure = None, None
     try:
-        first = everywhere()
-        if distributed.get_rank() == 0:
-            result = then(first)
-    except BaseException as error:  # told before it is raised: the others wait
+        result = action()
+    except BaseException as error:
         failure = error
-    told: list[Any] = [result, _retold(failure)]
-    distributed.broadcast_object_list(told, src=0, group=group)
-    distributed.destroy_process_group(group)
-    if failure is not None:
-        raise failure
-    if told[1] is not None:
-        raise told[1]
-    return told[0]
+    told: list[Any] = [None] * distributed.get_world_size()
+    distributed.all_gather_object(told, _retold(failure), group=group)
+    found = failure or next((one for one in told if one is not None), None)
+    if found is not None:
+        raise found
+    return result  # type: ignore[return-value]
 
 
 def _retold(failure: BaseException | None) -> Exception | None:
-    """A failure as it can be sent to another process."""
+    """A failure as it can be sent to other processes."""
     if failure is None:
         return None
     if type(failure) in TOLD:
         return failure  # type: ignore[return-value]
-    return RuntimeError(f"The first process failed: {type(failure).__name__}: {failure}")
+    rank = sys.modules["torch.distributed"].get_rank()
+    return RuntimeError(f"Process {rank} failed: {type(failure).__name__}: {failure}")

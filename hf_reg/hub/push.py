@@ -10,6 +10,7 @@ from typing import Any
 from huggingface_hub import CommitInfo, HfApi, get_token
 from huggingface_hub.utils import validate_repo_id
 
+from ..files import finish_dead_saves
 from ..messages import say
 from .errors import explaining
 from .files import refuse_secrets, select
@@ -109,6 +110,7 @@ def push_to_hub(
 
 def _staged(folder: Path, model: Any, staged: Path, base_model: str | None) -> list[str]:
     """The files to push, verified and laid out in `staged`."""
+    finish_dead_saves(folder)
     files, left_out = select(folder)
     if left_out:
         say(f"Not pushed: {', '.join(left_out)}.")

@@ -40,6 +40,7 @@ def save(source: Any, folder: Path, tokenizer: Any) -> tuple[Path, Any]:
 
     if isinstance(source, Trainer):
         model = source.accelerator.unwrap_model(source.model, keep_torch_compile=False)
+        folder.mkdir(parents=True)  # a trainer that keeps its shards apart writes nothing
         with _same_bases(model):
             source.save_model(str(folder), _internal_call=True)  # or it would push by itself
     elif isinstance(source, nn.Module):

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import os
-import re
 from collections.abc import Mapping
 from dataclasses import dataclass, fields
 from importlib import import_module
@@ -12,6 +11,7 @@ from pathlib import Path
 from typing import Any, get_type_hints
 
 from ..names import nearest
+from ..resuming import last_checkpoint
 from .errors import RecipeError, refused_as_recipe
 from .recipe import Recipe
 from .sections import check_keys, check_value
@@ -78,13 +78,6 @@ def _adapter(recipe: Recipe) -> Any:
         return cls(task_type=recipe.PEFT_TYPE, **spec)
 
 
-def _last_checkpoint(folder: Path) -> str | None:
-    """The newest checkpoint in `folder` that was written to its end."""
-    found = [(int(m[1]), path) for path in folder.glob("checkpoint-*") if (m := re.fullmatch(r"\D+-(\d+)", path.name))]
-    whole = [(step, path) for step, path in found if (path / "trainer_state.json").is_file()]
-    return str(max(whole)[1]) if whole else None
-
-
 def _checkpoint(train: Mapping[str, Any]) -> str | None:
     folder, resume = str(train["output_dir"]), train.get("resume", False)
     if isinstance(resume, str):
@@ -93,7 +86,7 @@ def _checkpoint(train: Mapping[str, Any]) -> str | None:
                 f"train.resume: {resume!r} is no checkpoint. Give a folder checkpoint-N of an earlier run."
             )
         return resume
-    last = _last_checkpoint(Path(folder))
+    last = last_checkpoint(Path(folder))
     if os.environ.get("TORCHELASTIC_RESTART_COUNT", "0") != "0":  # the launcher began anew after a failure
         return last
     if resume and last is None:

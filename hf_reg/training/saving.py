@@ -1,15 +1,19 @@
-"""Saving from a trainer: files get their names when all are written; hf_reg.json beside adapters."""
+"""Saving from a trainer: files take their places when all are written, at once; hf_reg.json beside adapters."""
 
 from __future__ import annotations
 
-import re
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+from transformers.trainer_utils import HubStrategy
+
 from ..checkpoints.block import block_of
-from ..files import staging
+from ..checkpoints.writing import replacing_checkpoint
+from ..distributed import GATHER
+from ..messages import say
+from ..resuming import last_checkpoint
 
 
 __all__ = ["SavingMixin"]
@@ -18,9 +22,6 @@ if TYPE_CHECKING:
     from transformers import Trainer as _Base  # what it is mixed into
 else:
     _Base = object
-
-WEIGHTS = re.compile(r"(adapter_)?model(-\d{5}-of-\d{5})?\.safetensors(\.index\.json)?")
-FACTORS = ("hf_reg.json", "hf_reg.safetensors")  # of an adapter
 
 
 def _write_training(model: Any, folder: Path) -> None:
@@ -38,15 +39,6 @@ def _write_training(model: Any, folder: Path) -> None:
             write_settings(model, place)
 
 
-def _left_over(folder: Path, written: set[str]) -> list[Path]:
-    """Weights of an earlier checkpoint in `folder` that a loader would take for those just written."""
-    if "adapter_config.json" in written:
-        return [folder / name for name in FACTORS if name not in written]
-    if not any(WEIGHTS.fullmatch(name) for name in written):
-        return []
-    return [path for path in folder.iterdir() if WEIGHTS.fullmatch(path.name) and path.name not in written]
-
-
 @contextmanager
 def _without_token(args: Any) -> Iterator[None]:
     """`training_args.bin` would hold it in clear, and `Trainer` uploads that file."""
@@ -58,8 +50,8 @@ def _without_token(args: Any) -> Iterator[None]:
 
 
 class SavingMixin(_Base):
-    """What a trainer writes takes the place of an earlier checkpoint when it is complete, file by file; what it pushes
-    is what [`~hf_reg.push_to_hub`] pushes."""
+    """What a trainer writes takes the place of an earlier checkpoint when it is complete, at once; what it pushes is
+    what [`~hf_reg.push_to_hub`] pushes."""
 
     bare_model: Any
 
@@ -96,18 +88,57 @@ class SavingMixin(_Base):
             base_model=found.pop("base_model", None), **found,
         )  # fmt: skip
 
+    def init_hf_repo(self, *args: Any, **kwargs: Any) -> None:
+        if self.args.hub_strategy in (HubStrategy.CHECKPOINT, HubStrategy.ALL_CHECKPOINTS):
+            raise ValueError(
+                f"hub_strategy={self.args.hub_strategy.value!r} would push the pickled states of the optimizer and of "
+                "the random streams, which hf_reg does not. Expected 'every_save' or 'end'."
+            )
+        super().init_hf_repo(*args, **kwargs)
+
+    def _push_from_checkpoint(self, checkpoint_folder: str) -> None:
+        """In place of that of `Trainer`, which sends the token in `training_args.bin`. Every process calls it."""
+        if self.args.hub_strategy == HubStrategy.END:
+            return
+        from ..hub import PushError
+
+        try:
+            self.push_to_hub(f"Training in progress, step {self.state.global_step}")
+        except PushError as error:
+            say(f"Step {self.state.global_step} is saved, but not pushed, and training goes on: {error}")
+
+    def train(self, resume_from_checkpoint: str | bool | None = None, *args: Any, **kwargs: Any) -> Any:
+        """As in [`~transformers.Trainer`]; `True` goes on from the last checkpoint that was written to its end."""
+        if resume_from_checkpoint is True:
+            resume_from_checkpoint = last_checkpoint(Path(self.args.output_dir)) or True
+        return super().train(resume_from_checkpoint, *args, **kwargs)
+
+    def _gathers(self) -> bool:
+        """Whether what is saved is the whole model, where it is sharded."""
+        if self.is_fsdp_enabled:
+            return "FULL_STATE_DICT" in str(self.accelerator.state.fsdp_plugin.state_dict_type)
+        engine: Any = self.deepspeed
+        if engine is None or engine.zero_optimization_stage() < 3 or hasattr(self.bare_model, "peft_config"):
+            return True  # of an adapter `Trainer` gathers what was trained, whatever the setting
+        return engine.zero_gather_16bit_weights_on_model_save()
+
+    def save_model(self, output_dir: str | None = None, _internal_call: bool = False) -> None:
+        """As in [`~transformers.Trainer`]; in one step, over an earlier checkpoint too.
+
+        Raises:
+            `ValueError`: for a sharded model that is not gathered: `Trainer` would write no weights, without a word.
+        """
+        if not (_internal_call or self._gathers()):
+            raise ValueError(f"save_model would write no weights: they stay in their shards. {GATHER}")
+        super().save_model(output_dir, _internal_call)
+
     def _save(self, output_dir: str | None = None, state_dict: dict | None = None) -> None:
         folder = Path(self.args.output_dir if output_dir is None else output_dir)
         if not self.args.should_save:  # takes part in gathering
             with _without_token(self.args):
                 super()._save(str(folder), state_dict)
             return
-        with staging(folder) as unfinished:
-            if (folder / "README.md").is_file():  # PEFT adds to a card that is there
-                (unfinished / "README.md").write_bytes((folder / "README.md").read_bytes())
+        with replacing_checkpoint(folder) as unfinished:
             with _without_token(self.args):
                 super()._save(str(unfinished), state_dict)
             _write_training(self.bare_model, unfinished)
-            written = {path.name for path in unfinished.iterdir()}
-        for path in _left_over(folder, written):
-            path.unlink(missing_ok=True)

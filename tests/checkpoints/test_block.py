@@ -59,9 +59,8 @@ def block(model: Any) -> Any:
 
 
 def arguments(folder: Path, **settings: Any) -> RegularizedTrainingArguments:
-    return RegularizedTrainingArguments(
-        str(folder), report_to=[], use_cpu=True, disable_tqdm=True, save_strategy="no", max_steps=1, **settings
-    )
+    chosen = {"save_strategy": "no", "max_steps": 1} | settings
+    return RegularizedTrainingArguments(str(folder), report_to=[], use_cpu=True, disable_tqdm=True, **chosen)
 
 
 def saved(folder: Path) -> Any:

@@ -116,3 +116,27 @@ def test_staging_makes_the_folder(tmp_path: Path) -> None:
         (folder / "c" / "d").write_text("e")
         assert not (tmp_path / "a" / "b" / "c").exists()
     assert (tmp_path / "a" / "b" / "c" / "d").read_text() == "e" and len(list((tmp_path / "a" / "b").iterdir())) == 1
+
+
+def test_a_run_goes_on_from_the_last_whole_checkpoint(tmp_path: Path) -> None:
+    """A checkpoint is whole when its `trainer_state.json` is, which `Trainer` writes last, and not at once."""
+
+    def trainer() -> RegularizedTrainer:
+        args = arguments(tmp_path, max_steps=4, save_strategy="steps", save_steps=2, logging_steps=1)
+        return RegularizedTrainer(model=build(), args=args, train_dataset=batches(), penalties="l1")
+
+    trainer().train()
+    state = tmp_path / "checkpoint-4" / "trainer_state.json"
+    for text in (None, "", '{"epo'):  # killed before it, and while it was written
+        state.unlink(missing_ok=True)
+        if text is not None:
+            state.write_text(text)
+        made = trainer()
+        made.train(resume_from_checkpoint=True)
+        assert len([entry for entry in made.state.log_history if "loss" in entry]) == 4
+        assert json.loads(state.read_text())["global_step"] == 4
+    (tmp_path / "checkpoint-4").rename(tmp_path / "checkpoint-nine")
+    (tmp_path / "checkpoint-9").mkdir()
+    made = trainer()
+    made.train(resume_from_checkpoint=True)
+    assert made.state.global_step == 4

@@ -41,7 +41,7 @@ def read(target: str, *wanted: str) -> None:
 
 
 def together(target: str, folder: str, missing: str) -> None:
-    """Several processes push a trainer and more; each notes what it got: a result, a ValueError and a PushError."""
+    """Several processes push a trainer and more; each notes what it got: a result, ValueErrors and a PushError."""
     from hf_reg import RegularizedTrainer, RegularizedTrainingArguments, push_to_hub
     from hf_reg.hub import PushError
 
@@ -51,7 +51,8 @@ def together(target: str, folder: str, missing: str) -> None:
     rank = torch.distributed.get_rank()
     info = push_to_hub(RegularizedTrainer(model=build("bert"), args=arguments), "alice/together")
     got: list[Any] = [info.oid, info.commit_url]
-    for source, repo in ((missing, "alice/other"), (folder, "bob/not-mine")):
+    alone = folder if rank == 0 else missing  # which the second process alone cannot find
+    for source, repo in ((missing, "alice/other"), (folder, "bob/not-mine"), (alone, "alice/other")):
         try:
             push_to_hub(source, repo)
         except (PushError, ValueError) as error:

@@ -11,7 +11,8 @@ from typing import Any
 
 import pytest
 import torch
-from peft import LoraConfig, get_peft_model
+from peft import LoraConfig, PeftModel, get_peft_model
+from safetensors.torch import load_file
 
 from hf_reg import RegularizedTrainer, RegularizedTrainingArguments, patch_model, push_to_hub
 
@@ -128,9 +129,46 @@ def test_two_processes_push_once(hub: HubServer, folder: Path, tmp_path: Path) -
     launch("tests.hub.process", *arguments, **hub.environment(tmp_path / "home", TOKEN))
     first, second = (torch.load(tmp_path / f"{rank}.pt") for rank in (0, 1))
     assert first == second
-    oid, url, missing, forbidden = first
+    oid, url, missing, forbidden, alone = first
     assert hub.repositories["alice/together"].branches["main"] == oid and url.endswith(oid)
-    assert missing[0] == "ValueError" and "no folder" in missing[1]
+    for refused in (missing, alone):
+        assert refused[0] == "ValueError" and "no folder" in refused[1]
     assert forbidden[0] == "PushError" and forbidden[2] == 403
     assert len(hub.files("alice/together")["model.safetensors"]) > 100_000
     assert hub.counted("POST", "/commit/") == 1 and hub.counted("POST", "/repos/create") == 2
+
+
+@pytest.mark.slow
+@pytest.mark.distributed
+@pytest.mark.parametrize("kind", ["fsdp2", "zero3"])
+def test_sharded_processes_save_resume_and_push_the_whole(hub: HubServer, tmp_path: Path, kind: str) -> None:
+    if kind == "zero3":
+        pytest.importorskip("deepspeed", reason="deepspeed is not installed: pip install deepspeed")
+    push_to_hub(models.build(), "alice/base")
+    hub.requests.clear()
+    launch("tests.hub.sharded", kind, str(tmp_path), **hub.environment(tmp_path / "home", TOKEN))
+    (got, failures), (other, others) = (torch.load(tmp_path / f"{rank}.pt") for rank in (0, 1))
+    assert got == other and hub.counted("POST", "/commit/") == 3  # once each
+    assert "alice/none" not in hub.repositories
+    wrong_token, full_disk, push_of_parts, save_of_parts = failures
+    assert others[0] == wrong_token and wrong_token[0] == "PushError" and "401" in wrong_token[1]
+    assert "File too large" in full_disk[1] and others[1][0] == "RuntimeError" and full_disk[1] in others[1][1]
+    assert push_of_parts[0] == others[2][0] == "ValueError"  # nothing that could be pushed
+    assert save_of_parts == others[3] and save_of_parts[0] == "ValueError" and "FULL_STATE_DICT" in save_of_parts[1]
+    some, wanted = torch.arange(1, 8)[None], {}
+    for name, oid in got.items():
+        assert hub.repositories[f"alice/{name}"].branches["main"] == oid
+        assert not any(path.endswith((".bin", ".pt", ".pth")) for path in hub.files(f"alice/{name}"))
+        final, resumed = (tmp_path / name / which for which in ("final", "resumed"))
+        for path in final.glob("*.safetensors"):
+            torch.testing.assert_close(load_file(path), load_file(resumed / path.name))
+            assert hub.files(f"alice/{name}")[path.name] == path.read_bytes()
+        if name == "bert":
+            wanted["model:alice/bert"] = logits(type(models.build("bert")).from_pretrained(final), some)
+            assert not torch.allclose(wanted["model:alice/bert"], logits(models.build("bert"), some))
+        else:
+            made = PeftModel.from_pretrained(models.build(), str(final))
+            wanted[f"adapter:alice/base+alice/{name}"] = logits(made, some)
+    found = read(hub, tmp_path / "reader", *wanted)
+    for name, value in wanted.items():
+        torch.testing.assert_close(found[name], value, rtol=1e-5, atol=1e-5, msg=name)

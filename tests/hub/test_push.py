@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import logging
+import shutil
 import sys
 from pathlib import Path
 from types import ModuleType, SimpleNamespace
@@ -13,8 +14,10 @@ import pytest
 
 import hf_reg
 from hf_reg import push_to_hub
+from hf_reg.files import staging
 from hf_reg.hub import push
 
+from ..checkpoints.test_killed_saves import killed, over
 from . import stubs
 from .conftest import READER, TOKEN, adapter, checkpoint
 from .server import HubServer
@@ -229,6 +232,33 @@ def test_a_base_of_the_hub_stays(hub: HubServer, tmp_path: Path) -> None:
     folder = adapter(tmp_path / "adapter", "alice/base")
     push_to_hub(folder, REPO)
     assert hub.files(REPO)["adapter_config.json"] == (folder / "adapter_config.json").read_bytes()
+
+
+def test_saves_that_are_dead_or_going_on(hub: HubServer, folder: Path, tmp_path: Path) -> None:
+    """What a killed save left is put right first; what another is writing is not sent."""
+    new = contents(checkpoint(tmp_path / "new", 5.0, shards=2))
+    moment = 0
+    while not any(path.is_symlink() for path in folder.iterdir()):
+        assert killed(lambda: over(folder, tmp_path / "new"), moment)
+        moment += 1
+    old = {path.name: path.read_bytes() for path in folder.iterdir() if path.is_file()}
+    with staging(folder) as unfinished:  # finishes the dead one, too
+        (unfinished / "model.safetensors").write_bytes(b"half")
+        push_to_hub(folder, REPO)
+        found = {name: data for name, data in hub.files(REPO).items() if name in old.keys() | new.keys()}
+        assert found == old and not any("_saving" in name for name in hub.files(REPO))
+    shutil.rmtree(folder)
+    moment += 1
+    while True:
+        checkpoint(folder)
+        assert killed(lambda: over(folder, tmp_path / "new"), moment)
+        if contents(folder).keys() >= new.keys() and any(path.is_symlink() for path in folder.iterdir()):
+            break
+        shutil.rmtree(folder)
+        moment += 1
+    push_to_hub(folder, "alice/new")
+    assert new.items() <= hub.files("alice/new").items() and "model.safetensors" not in hub.files("alice/new")
+    assert contents(folder) == new
 
 
 @pytest.mark.parametrize("secret", [TOKEN, READER])
