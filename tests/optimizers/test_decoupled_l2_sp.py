@@ -16,6 +16,7 @@ from hf_reg.optimizers import DecoupledL2SP
 from ..distributed.heads import make
 from ..test_trainer import trainer
 from .runs import RATE, backward, cut, run, two_halves, weights
+from .said import said
 
 
 class Net(nn.Module):
@@ -150,7 +151,7 @@ def test_memory_is_one_copy() -> None:
     assert sum(one.numel() for one in companion.state_dict().values()) == sum(p.numel() for p in net.body.parameters())
 
 
-def test_refusals(caplog: pytest.LogCaptureFixture) -> None:
+def test_refusals() -> None:
     with pytest.raises(ValueError, match=r"lora_A.*nothing to anchor"):
         trainer("lora/llama", companions="decoupled_l2_sp")
     net = Net()
@@ -174,6 +175,6 @@ def test_refusals(caplog: pytest.LogCaptureFixture) -> None:
     grown.body = nn.Linear(4, 5)
     with pytest.raises(ValueError, match=r"the anchor of body.weight is \(4, 4\), but the weight is \(5, 4\) now"):
         companion.attach(optimizer(grown), grown)
-    with caplog.at_level("WARNING"):
+    with said() as lines:
         DecoupledL2SP().attach(optimizer(weight_decay=0.01), net)
-    assert "weight_decay=0.01 pulls the same weights towards 0" in caplog.text
+    assert "weight_decay=0.01 pulls the same weights towards 0" in lines[0]
