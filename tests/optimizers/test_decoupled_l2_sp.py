@@ -91,7 +91,9 @@ def test_fp16_overflow_leaves_the_step_out_in_fused_optimizers_too() -> None:
 @pytest.mark.parametrize("accumulation", [1, 8])
 def test_both_trainers_under_accumulation(cls: type, accumulation: int) -> None:
     """Two steps; what a step adds to SGD's is the pull, whatever the gradient is."""
-    found = weights(run("unused", cls, companions=DecoupledL2SP(alpha=3.0, beta=2.0), max_steps=2, **cut(accumulation)))
+    found = weights(
+        run("unused", cls, companions=DecoupledL2SP(alpha=3.0, beta=2.0), max_steps=2, **cut(accumulation))
+    )
     start, model = make("classes/bert"), make("classes/bert")
     times = accumulation if cls is Trainer else 1  # see tests.distributed.test_gradients
     for _ in range(2):
@@ -141,7 +143,9 @@ def test_a_loop_resumes_from_its_state() -> None:
     second = DecoupledL2SP()
     second.load_state_dict(first.state_dict())
     second.attach(torch.optim.SGD(later.parameters(), lr=0.1), later)
-    assert all(torch.equal(a, b) for a, b in zip(first.state_dict().values(), second.state_dict().values(), strict=True))
+    assert all(
+        torch.equal(a, b) for a, b in zip(first.state_dict().values(), second.state_dict().values(), strict=True)
+    )
 
 
 def test_memory_is_one_copy() -> None:

@@ -15,7 +15,7 @@ from hf_reg.penalties import consistency
 
 from ..distributed.heads import difference, make, rows
 from ..test_trainer import trainer
-from .runs import backward, gradients, other, run, two_halves
+from .runs import backward, cut, gradients, other, run, two_halves
 
 
 def slow(task: torch.Tensor, distillation: torch.Tensor, uniform: torch.Tensor, rate: float) -> torch.Tensor:
@@ -48,7 +48,9 @@ def both(accumulation: int = 1, model: Any = None) -> tuple[nn.Module, dict[nn.P
     kl = consistency(model(**batch).logits, target, temperature=1.0)
     held = list(model.parameters())
     grads = torch.autograd.grad(kl, held, allow_unused=True)
-    return backward(model=model), {p: torch.zeros_like(p) if g is None else g for p, g in zip(held, grads, strict=True)}
+    return backward(model=model), {
+        p: torch.zeros_like(p) if g is None else g for p, g in zip(held, grads, strict=True)
+    }
 
 
 def test_a_loop_is_the_formula_with_the_gradients_of_the_whole_batch() -> None:
@@ -108,8 +110,9 @@ def test_a_lora_s_teacher_is_its_base_and_no_term_joins_the_loss() -> None:
 
 
 def test_with_penalties_the_terms_still_sum_to_the_loss() -> None:
-    made = run("unused", head="lora/llama", companions="gradient_dropout", max_steps=2, gradient_accumulation_steps=2,
-               per_device_train_batch_size=4, penalties={"l2": 0.01, "consistency": 0.1})  # fmt: skip
+    common: dict[str, Any] = {"head": "lora/llama", "max_steps": 2, "penalties": {"l2": 0.01, "consistency": 0.1}}
+    made, plain = (run("unused", companions=one, **common, **cut(2)) for one in ("gradient_dropout", None))
+    assert any(not torch.equal(p, q) for p, q in zip(made.model.parameters(), plain.model.parameters(), strict=True))
     for entry in made.state.log_history:
         if "loss" in entry:
             assert sum(v for k, v in entry.items() if k.startswith("loss_")) == pytest.approx(entry["loss"], rel=1e-5)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from pathlib import Path
 from typing import Any
 
 import pytest
@@ -12,9 +13,11 @@ from transformers import Trainer
 from hf_reg import RegularizedTrainer
 from hf_reg.optimizers import PerpGrad, perpendicular_
 
-from ..distributed.heads import difference
+from ..distributed.heads import difference, make
 from ..test_trainer import trainer
-from .runs import Taken, backward, gradients, two_halves
+from ..tiny_runs import arguments as settings_of
+from ..tiny_runs import refused, trained, write
+from .runs import Taken, backward, cut, gradients, other, run, two_halves, weights
 
 
 def with_gradient(weight: torch.Tensor, gradient: torch.Tensor) -> nn.Parameter:
@@ -96,11 +99,8 @@ def test_a_loop_with_several_groups() -> None:
     assert torch.equal(layer.weight.grad, g)
 
 
-@pytest.mark.parametrize("cls", [Trainer, RegularizedTrainer])
-@pytest.mark.parametrize("accumulation", [1, 8])
+@pytest.mark.parametrize(("cls", "accumulation"), [(Trainer, 1), (RegularizedTrainer, 1), (RegularizedTrainer, 8)])
 def test_both_trainers_under_accumulation(cls: type, accumulation: int) -> None:
-    if cls is Trainer and accumulation > 1:
-        pytest.skip("the plain Trainer's own gradient is multiplied by the accumulation")
     model = backward()
     perpendicular_(model.parameters())
     wanted = {name: p.grad for name, p in model.named_parameters()}
@@ -158,3 +158,28 @@ def test_refusals() -> None:
         flat = nn.Parameter(torch.ones(3))
         flat._is_flat_param = True  # type: ignore[attr-defined]
         PerpGrad().attach(torch.optim.SGD([flat]))
+
+
+def test_large_weights_lose_no_precision() -> None:
+    torch.manual_seed(0)
+    w, g = torch.randn(3_000_000) + 0.1, torch.randn(3_000_000)
+    p, parallel = with_gradient(w, g + 3 * w), with_gradient(w, 3 * w)
+    perpendicular_([p, parallel])
+    assert torch.cosine_similarity(p.grad.double(), w.double(), 0).abs() < 1e-6
+    assert p.grad.norm() == pytest.approx((g + 3 * w).norm().item(), rel=1e-5)
+    assert not parallel.grad.any()
+
+
+def test_a_recipe_names_it(tmp_path: Path) -> None:
+    settings = settings_of(tmp_path, "sequence-classification")
+    trained(write(tmp_path, "sequence-classification", train=settings | {"companions": {"perp_grad": {}}}))
+    wrong = write(tmp_path, "sequence-classification", train=settings | {"companions": "perp"})
+    assert "Unknown companion 'perp'" in refused(wrong)
+
+
+def test_bf16_autocast_with_every_companion() -> None:
+    spec = {"perp_grad": {}, "decoupled_l2_sp": {}, "gradient_dropout": {}}
+    made = run("unused", companions=spec, teacher=other(), bf16=True, max_steps=2, **cut(2))
+    assert all(p.isfinite().all() for p in weights(made).values())
+    assert any(not torch.equal(p, q) for p, q in zip(made.model.parameters(), make("classes/bert").parameters(),
+               strict=True))  # fmt: skip
