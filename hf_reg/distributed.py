@@ -16,15 +16,9 @@ from transformers import TrainingArguments
 
 
 __all__ = [
-    "GATHER",
-    "check_launch",
-    "data_parallel",
-    "loading_whole",
-    "named_whole_parameters",
-    "seed_rank",
-    "whole",
-    "wrap_anew",
-]
+    "GATHER", "check_launch", "data_parallel", "ddp_explained", "loading_whole", "named_scoped_parameters",
+    "named_whole_parameters", "seed_rank", "whole", "wrap_anew",
+]  # fmt: skip
 
 GATHER = (
     "A sharded model is saved whole with FSDP's state_dict_type FULL_STATE_DICT, or with DeepSpeed's "
@@ -54,8 +48,8 @@ def whole(parameter: torch.Tensor) -> torch.Tensor:
     return parameter
 
 
-def named_whole_parameters(model: nn.Module, scope: str | Sequence[str]) -> Iterator[tuple[str, torch.Tensor]]:
-    """The parameters of `model` in `scope` that take a gradient, gathered one at a time, in the same order everywhere.
+def named_scoped_parameters(model: nn.Module, scope: str | Sequence[str]) -> Iterator[tuple[str, nn.Parameter]]:
+    """The parameters of `model` in `scope` that take a gradient, as they are.
 
     Raises:
         `ValueError`: if `scope` selects none.
@@ -69,12 +63,22 @@ def named_whole_parameters(model: nn.Module, scope: str | Sequence[str]) -> Iter
     for name, parameter in model.named_parameters():
         if parameter.requires_grad and any(fnmatchcase(name, pattern) for pattern in patterns):
             found = True
-            yield name, whole(parameter)
+            yield name, parameter
     if not found:
         raise ValueError(
             f"No trainable parameter of {type(model).__name__} is in the scope {scope!r}. Give 'trainable', "
             "'adapters' (of a PeftModel) or glob patterns of parameter names."
         )
+
+
+def named_whole_parameters(model: nn.Module, scope: str | Sequence[str]) -> Iterator[tuple[str, torch.Tensor]]:
+    """The parameters of `model` in `scope` that take a gradient, gathered one at a time, in the same order everywhere.
+
+    Raises:
+        `ValueError`: if `scope` selects none.
+    """
+    for name, parameter in named_scoped_parameters(model, scope):
+        yield name, whole(parameter)
 
 
 def data_parallel(accelerator: Accelerator) -> tuple[int, int]:
@@ -119,6 +123,20 @@ def seed_rank(seed: int, rank: int) -> None:
     if rank > 0:
         digest = hashlib.sha256(f"hf_reg {seed} {rank}".encode()).digest()
         torch.manual_seed(int.from_bytes(digest[:8], "little") >> 1)  # of every device; masks come from nowhere else
+
+
+@contextmanager
+def ddp_explained(on_parameters: bool) -> Iterator[None]:
+    """Say what DDP's error about a parameter that is ready twice means where there are penalties on parameters."""
+    try:
+        yield
+    except RuntimeError as error:
+        if "ready only once" not in str(error) or not on_parameters:
+            raise
+        raise RuntimeError(
+            "DDP took a parameter for unused that a penalty uses although the forward does not. Narrow the "
+            "penalty's scope, or set ddp_find_unused_parameters=False if it covers all such parameters."
+        ) from error
 
 
 def check_launch(args: TrainingArguments, accelerator: Accelerator) -> None:

@@ -8,7 +8,7 @@ from dataclasses import dataclass, fields
 from functools import cache
 from importlib.metadata import entry_points
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import torch
 import yaml
@@ -20,7 +20,10 @@ from .patching import make_patch
 from .yaml_text import load_yaml
 
 
-__all__ = ["FunctionPenalty", "known_penalties", "make_patches", "make_penalties", "read_recipe"]
+if TYPE_CHECKING:
+    from .optimizers import Companion
+
+__all__ = ["FunctionPenalty", "known_penalties", "make_companions", "make_patches", "make_penalties", "read_recipe"]
 
 
 @dataclass(eq=False)
@@ -85,6 +88,47 @@ def make_patches(spec: Any) -> list[Patch]:
     if isinstance(spec, Sequence):
         return [patch for one in spec for patch in make_patches(one)]
     raise TypeError(f"patches: expected a name, a Patch, a list or a dict, got {type(spec).__name__}.")
+
+
+def make_companions(spec: Any) -> list[Companion]:
+    """[`~hf_reg.optimizers.Companion`] objects from a name, an object, a list of them, `{name: settings}` or YAML.
+
+    Raises:
+        `ValueError`: for an unknown name, or the same companion twice.
+        `TypeError`: for an unknown setting or a value that is none of these.
+    """
+    from .optimizers import COMPANIONS, Companion
+
+    def made(spec: Any) -> list[Companion]:
+        if isinstance(spec, Companion):
+            return [spec]
+        if isinstance(spec, str):
+            spec = {spec: None}
+        if isinstance(spec, Mapping):
+            return [one(name, settings or {}) for name, settings in spec.items()]
+        if isinstance(spec, Sequence):
+            return [companion for part in spec for companion in made(part)]
+        raise TypeError(f"companions: expected a name, a Companion, a list or a dict, got {type(spec).__name__}.")
+
+    def one(name: str, settings: Any) -> Companion:
+        if name not in COMPANIONS:
+            raise ValueError(f"Unknown companion {name!r}.{nearest(name, list(COMPANIONS))} Known: "
+                             f"{', '.join(COMPANIONS)}.")  # fmt: skip
+        if not isinstance(settings, Mapping):
+            raise TypeError(f"{name}: expected a dict of settings, got {settings!r}.")
+        cls: Any = COMPANIONS[name]
+        names = [f.name for f in fields(cls)]
+        if unknown := next((key for key in settings if key not in names), None):
+            raise TypeError(f"{name} has no setting {unknown!r}.{nearest(unknown, names)} Settings: "
+                            f"{', '.join(names)}.")  # fmt: skip
+        return cls(**settings)
+
+    spec = read_recipe(spec)
+    found = [] if spec is None else made(spec)
+    names = [companion.NAME for companion in found]
+    if twice := next((name for name in names if names.count(name) > 1), None):
+        raise ValueError(f"companions: {twice!r} is given twice. Keep one.")
+    return found
 
 
 def _penalty(name: str, value: Any) -> Penalty:

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
-from inspect import signature
 from typing import Any
 
 import torch
@@ -13,9 +12,10 @@ from transformers import Trainer
 from .base import Penalty
 from .cards.of_trainer import create_model_card
 from .checkpoints.block import note_training
-from .distributed import check_launch, wrap_anew
+from .distributed import check_launch, ddp_explained, wrap_anew
+from .optimizers import GradientDropout
 from .patching import patch_model
-from .recipes import make_patches, make_penalties
+from .recipes import make_companions, make_patches, make_penalties
 from .schedules import ScheduleCallback
 from .training.adapter_losses import adapter_losses, muted
 from .training.arguments import RegularizedTrainingArguments
@@ -24,9 +24,11 @@ from .training.combinations import refuse_combinations
 from .training.example_ids import EXAMPLE_IDS, with_example_ids
 from .training.finite import FiniteTerms, not_finite
 from .training.fused_step import FusedStep
+from .training.gradient_dropping import GradientDropping
 from .training.loss_scale import penalty_factor
 from .training.penalty_terms import PenaltyTerms
 from .training.saving import SavingMixin
+from .training.second_forward import SecondForward
 from .training.task_loss import TaskLoss
 from .training.teacher_cache import make_teacher_cache
 from .training.terms import Terms, gradient_shares
@@ -45,6 +47,7 @@ class RegularizerMixin(SavingMixin):
     Args:
         penalties (`str`, `dict`, `list` or [`Penalty`], *optional*): terms that join the loss, see [`make_penalties`].
         patches (`str`, `dict`, `list` or [`Patch`], *optional*): what [`patch_model`] attaches before training.
+        companions (`str`, `dict`, `list` or [`Companion`], *optional*): what acts beside the optimizer.
         teacher (`nn.Module`, *optional*): what penalties compare with; by default the model with its adapter off.
 
     The loss of a micro-batch is the task's plus `weight * schedule * penalty` for each penalty, scaled so that the
@@ -64,11 +67,15 @@ class RegularizerMixin(SavingMixin):
     create_model_card = create_model_card
 
     def __init__(
-        self, *args: Any, penalties: Any = None, patches: Any = None, teacher: nn.Module | None = None, **kwargs: Any
-    ) -> None:
+        self, *args: Any, penalties: Any = None, patches: Any = None, companions: Any = None,
+        teacher: nn.Module | None = None, **kwargs: Any,
+    ) -> None:  # fmt: skip
         given = kwargs.get("args") or next((a for a in args if hasattr(a, "gradient_accumulation_steps")), None)
         self._patches = make_patches(patches if patches is not None else getattr(given, "patches", None))
         chosen = make_penalties(penalties if penalties is not None else getattr(given, "penalties", None))
+        beside = make_companions(companions if companions is not None else getattr(given, "companions", None))
+        around = [one for one in beside if not isinstance(one, GradientDropout)]
+        kwargs |= {"callbacks": [*(kwargs.get("callbacks") or ()), *around]} if around else {}
         if given is not None:
             model = kwargs.get("model", args[0] if args else None)
             brought = adapter_losses(model, given.learning_rate, chosen)
@@ -77,7 +84,7 @@ class RegularizerMixin(SavingMixin):
         self._step_terms, self._terms, self._eval_terms, self._shares = Terms(), Terms(), Terms(), Terms()
         self._finite = FiniteTerms()
         self._logged_step, self.skipped_steps = 0, 0
-        self._forwards_again = False  # whether penalties need a forward of their own
+        self._second_forward = SecondForward()
         super().__init__(*args, **kwargs)
         check_launch(self.args, self.accelerator)
         bare, self._own_penalties = self.bare_model, list(chosen)
@@ -88,6 +95,8 @@ class RegularizerMixin(SavingMixin):
         self._fused = FusedStep(self)
         self._task = TaskLoss(self.accelerator, getattr(self.args, "average_loss_over", "items"))
         self._plain_loss = super().compute_loss.__func__ is Trainer.compute_loss
+        dropout = next((one for one in beside if isinstance(one, GradientDropout)), None)
+        self._dropping = GradientDropping(self, dropout, teacher) if dropout is not None else None
         if self._patches:
             patch_model(self.model, self._patches)
         note_training(bare, self._own_penalties, self.args.seed)
@@ -111,6 +120,8 @@ class RegularizerMixin(SavingMixin):
         if hasattr(self, "_penalties"):  # a further trial of a hyper-parameter search
             self._penalties.prepare(model)
             self._fused.forget()
+            if self._dropping is not None:
+                self._dropping.terms.prepare(model)
         return patch_model(model, self._patches) if self._patches else model
 
     def _set_signature_columns_if_needed(self) -> None:
@@ -144,7 +155,8 @@ class RegularizerMixin(SavingMixin):
                 self.model_accepts_loss_kwargs = False
                 num_items_in_batch = None
         extra = self._penalties.request(inputs)
-        wanted = return_outputs or (self._penalties.read_outputs and not (model.training and self._forwards_again))
+        reads = self._penalties.read_outputs and not (model.training and self._second_forward.needed)
+        wanted = return_outputs or reads or (model.training and self._dropping is not None)
         with muted(self.bare_model):
             result = super().compute_loss(
                 model, {**inputs, **extra}, return_outputs=wanted, num_items_in_batch=num_items_in_batch
@@ -152,7 +164,9 @@ class RegularizerMixin(SavingMixin):
         outputs: Any
         loss, outputs = result if wanted else (result, None)
         if model.training:
-            seen = self._outputs_with_gradient(batch | extra, outputs)
+            seen = outputs
+            if self._penalties.read_outputs:
+                seen = self._second_forward(self.bare_model, batch | extra, outputs)
             loss = self._regularize(loss, self._is_scaled(num_items_in_batch), batch, seen)
         elif self.penalties:
             self._note_evaluation(batch, outputs)
@@ -160,18 +174,6 @@ class RegularizerMixin(SavingMixin):
             added = {name.removeprefix("output_") for name in extra}
             outputs = type(outputs)(**{key: value for key, value in outputs.items() if key not in added})
         return (loss, outputs) if return_outputs else loss
-
-    def _outputs_with_gradient(self, inputs: Mapping[str, Any], outputs: Any) -> Any:
-        """What penalties see. TRL's trainers compute their loss without logits, and outputs that are asked for anyway
-        carry no gradient: then the model runs once more, and the trainer below is not asked again."""
-        if not self._penalties.read_outputs:
-            return outputs
-        logits = getattr(outputs, "logits", None)
-        if self._forwards_again or (logits is not None and not logits.requires_grad and torch.is_grad_enabled()):
-            self._forwards_again = True
-            known = signature(getattr(self.bare_model, "get_base_model", lambda: self.bare_model)().forward).parameters
-            return self.bare_model(**{k: v for k, v in inputs.items() if k in known and k != "labels"})
-        return outputs
 
     def _is_scaled(self, num_items_in_batch: Any) -> bool:
         """Whether `training_step` takes the task loss as scaled for accumulation: the rule of `Trainer`."""
@@ -184,6 +186,8 @@ class RegularizerMixin(SavingMixin):
         if self._plain_loss and not scaled and self.label_smoother is None:
             loss = self._task.weigh(loss, inputs, self.current_gradient_accumulation_steps)
         added = self._weighted_penalties(scaled, inputs, outputs)
+        if self._dropping is not None:
+            self._dropping.collect(inputs, outputs)
         self._note_terms({"task": loss} | added, scaled)
         return sum(added.values(), loss)
 
@@ -225,18 +229,13 @@ class RegularizerMixin(SavingMixin):
     # steps that are not finite
 
     def training_step(self, model: nn.Module, *args: Any, **kwargs: Any) -> torch.Tensor:
-        try:
+        with ddp_explained(not self._penalties.on_outputs_only):
             loss = super().training_step(model, *args, **kwargs)
-        except RuntimeError as error:
-            if "ready only once" in str(error) and not self._penalties.on_outputs_only:
-                raise RuntimeError(
-                    "DDP took a parameter for unused that a penalty uses although the forward does not. Narrow the "
-                    "penalty's scope, or set ddp_find_unused_parameters=False if it covers all such parameters."
-                ) from error
-            raise
         if self.accelerator.sync_gradients and self._finite:
             self._check_finite(model)
             self._terms.merge(self._step_terms)
+            if self._dropping is not None:
+                self._dropping.apply()
         return loss
 
     def _check_finite(self, model: nn.Module) -> None:

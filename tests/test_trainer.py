@@ -30,7 +30,7 @@ def arguments(kind: type = RegularizedTrainingArguments, folder: Any = "unused",
 
 def trainer(head: str = "classes/bert", cls: type = RegularizedTrainer, **settings: Any) -> Any:
     own = {key: settings.pop(key) for key in list(settings) if key in ("penalties", "patches", "teacher", "optimizers",
-           "compute_loss_func", "model")}  # fmt: skip
+           "compute_loss_func", "model", "companions", "callbacks")}  # fmt: skip
     kind = RegularizedTrainingArguments if issubclass(cls, RegularizerMixin) else TrainingArguments
     own.setdefault("model", make(head))
     return cls(args=arguments(kind, **settings), train_dataset=rows(head), eval_dataset=rows(head), **own)

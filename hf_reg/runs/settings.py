@@ -117,12 +117,14 @@ def make_settings(recipe: Recipe) -> Settings:
     cls = _imported(recipe.ARGUMENTS)
     _check_fields(cls, train, "train", ("resume",), set(ELSEWHERE))
     checkpoint = _checkpoint(train)
-    from ..recipes import make_patches, make_penalties
+    from ..recipes import make_companions, make_patches, make_penalties
 
     with refused_as_recipe("patches"):
         patches = make_patches(recipe.patches)
     with refused_as_recipe("penalties"):
         penalties = make_penalties(recipe.penalties)
+    with refused_as_recipe("train.companions"):
+        make_companions(train.get("companions"))
     adapter = _adapter(recipe)
     given = {key: value for key, value in train.items() if key != "resume"}
     with refused_as_recipe("train"):  # last: it may start the communication of processes

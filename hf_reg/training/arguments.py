@@ -24,6 +24,9 @@ class RegularizedArguments:
             What [`patch_model`] attaches: a name, `{name: settings}`, a list, or YAML text or file of one of these.
         penalties (`str` or `dict` or `list`, *optional*):
             Terms that join the loss: a name, `{name: weight}`, `{name: settings}`, a list, or YAML text or file.
+        companions (`str` or `dict` or `list`, *optional*):
+            What acts beside the optimizer ([`~hf_reg.optimizers.Companion`]): a name, `{name: settings}`, a list, or
+            YAML text or file.
         on_nonfinite (`str`, *optional*, defaults to `"raise"`):
             A loss or a term that is not finite: `"raise"` reports it by name and stops, `"skip"` leaves that step out
             and counts it (`skipped_steps` in the logs). Our choice.
@@ -52,6 +55,10 @@ class RegularizedArguments:
         default=None,
         metadata={"help": "Terms that join the loss: a name, YAML text such as 'l2_sp: 0.01', or a file."},
     )
+    companions: dict | str | list | None = field(
+        default=None,
+        metadata={"help": "What acts beside the optimizer: a name, YAML text such as 'perp_grad', or a file."},
+    )
     on_nonfinite: str = field(
         default="raise", metadata={"help": "raise or skip (and count) a step that is not finite."}
     )
@@ -75,7 +82,8 @@ class RegularizedArguments:
         check_choice(owner, "on_nonfinite", self.on_nonfinite, ON_NONFINITE)
         check_choice(owner, "average_loss_over", self.average_loss_over, AVERAGES)
         check_range(owner, "teacher_cache_top_k", self.teacher_cache_top_k, 1, float("inf"))
-        self.patches, self.penalties = read_recipe(self.patches), read_recipe(self.penalties)
+        for name in ("patches", "penalties", "companions"):
+            setattr(self, name, read_recipe(getattr(self, name)))
 
 
 @dataclass

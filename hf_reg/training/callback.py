@@ -10,6 +10,7 @@ from transformers import TrainerCallback
 
 from ..checkpoints.block import note_training
 from ..distributed import data_parallel, seed_rank
+from ..optimizers import Companion
 from .adapter_losses import adapters_in_training, after_optimizer
 from .terms import Terms
 
@@ -59,21 +60,24 @@ class RegularizationCallback(TrainerCallback):
         self.trainer._penalties.flush()
         folder = Path(args.output_dir) / f"checkpoint-{state.global_step}"
         tensors = {
-            f"{penalty.name}/{key}": tensor.contiguous()
-            for penalty in self.trainer.penalties
-            if hasattr(penalty, "state_dict")
-            for key, tensor in penalty.state_dict().items()
+            f"{name}/{key}": tensor.contiguous()
+            for name, one in self._stateful.items()
+            for key, tensor in one.state_dict().items()
         }
         if tensors and args.should_save and folder.is_dir():
             save_file(tensors, folder / STATE)
 
     def load(self, checkpoint: str) -> None:
-        """Give every penalty the state that it had when `checkpoint` was written."""
+        """Give every penalty and companion the state that it had when `checkpoint` was written."""
         path = Path(checkpoint) / STATE
         saved = load_file(path) if path.is_file() else {}
-        for penalty in self.trainer.penalties:
-            if hasattr(penalty, "load_state_dict"):
-                prefix = f"{penalty.name}/"
-                state = {k.removeprefix(prefix): v for k, v in saved.items() if k.startswith(prefix)}
-                if state:
-                    penalty.load_state_dict(state)
+        for name, one in self._stateful.items():
+            state = {k.removeprefix(f"{name}/"): v for k, v in saved.items() if k.startswith(f"{name}/")}
+            if state:
+                one.load_state_dict(state)
+
+    @property
+    def _stateful(self) -> dict[str, Any]:
+        found: dict[str, Any] = {one.name: one for one in self.trainer.penalties if hasattr(one, "state_dict")}
+        callbacks = self.trainer.callback_handler.callbacks
+        return found | {one.NAME: one for one in callbacks if isinstance(one, Companion)}

@@ -100,6 +100,7 @@ class FusedStep:
             (trainer.label_smoother is not None, "label smoothing looks at whole logits"),
             (trainer.compute_loss_func is not None, "compute_loss_func looks at whole logits"),
             (getattr(args, "gradient_shares", False), "gradient_shares needs a gradient for each term"),
+            (trainer._dropping is not None, "gradient dropout needs a second gradient"),
             (args.torch_compile or _is_compiled(trainer.model), "the model is compiled"),
             (args.n_gpu > 1, "torch.nn.DataParallel copies the model"),
             (kind in ("FSDP", "DEEPSPEED", "MEGATRON_LM"), f"{kind} may shard the head"),
