@@ -10,6 +10,7 @@ from torch import nn
 
 from .ffn_sites import find_ffn, find_ffn_uncovered
 from .layers import Site
+from .rank_sites import find_ranks
 from .residual_sites import find_branches
 from .sites import find_attention, find_uncovered
 
@@ -42,6 +43,7 @@ SEAMS = {
     "attention": Kind("attention module", find_attention, find_uncovered, "its token mixing has code of its own"),
     "ffn": Kind("FFN", find_ffn, find_ffn_uncovered, "its FFNs have code of their own"),
     "residual": Kind("residual branch", find_branches, _uncovered_branches, "its layers have code of their own"),
+    "rank": Kind("low-rank layer (a LoRA adapter, or one that marks its rank)", find_ranks, lambda model, sites: {}, ""),
 }
 
 

@@ -17,6 +17,7 @@ from typing import Any
 
 import numpy as np
 import torch
+from peft import LoraConfig, inject_adapter_in_model
 from torch import Tensor, nn
 from transformers import PreTrainedConfig, PreTrainedModel
 
@@ -78,8 +79,14 @@ class Case:
     settings: dict[str, Any] = field(default_factory=dict)
 
     def __post_init__(self) -> None:
+        if self.on_adapters:
+            inject_adapter_in_model(LoraConfig(r=4, target_modules="all-linear"), self.tiny.model)
         self.model = lively(without_dropout(self.tiny.model)).train()
         self.settings = self.settings or PATCHES[self.patch]
+
+    @property
+    def on_adapters(self) -> bool:
+        return known_patches()[self.patch].seam == "rank"
 
     def attach(self, **settings: Any) -> None:
         patch_model(self.model, self.patch, **(self.settings | settings))
@@ -261,6 +268,8 @@ def reloads_stock(case: Case) -> str | None:
         assert getattr(loaded.config, "hf_reg", None) == getattr(case.model.config, "hf_reg", None), "another block"
         return result
 
+    if case.on_adapters:
+        return "adapters are saved apart: test_tensor_dropout.py"
     with quiet():
         case.attach()
         patched = difference()
@@ -347,7 +356,7 @@ def visibility_respected(case: Case) -> str | None:
             leaked = (a == 0) & (b > 1e-5)
             if (
                 leaked.any()
-                and case.patch == "ffn_dropout"
+                and known_patches()[case.patch].seam == "ffn"
                 and any(s.kind != "projection" for s in find_ffn(case.model))
             ):
                 return "experts draw for tokens in the order of the routing, which the change moved"
