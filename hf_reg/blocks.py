@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 from typing import Any
 
 import torch
@@ -10,6 +11,7 @@ from torch import nn
 
 __all__ = ["keep_spans", "keep_squares", "leading_tokens", "sees_images", "why_no_square"]
 
+EMBEDDINGS = re.compile(r"Embeddings$|PatchEmbed")
 TOKENS = ("cls_token", "class_embedding", "class_token", "distillation_token", "register_tokens")
 
 
@@ -34,12 +36,17 @@ def why_no_square(part: nn.Module) -> str | None:
     return None
 
 
-def leading_tokens(part: nn.Module) -> int:
-    """Class, distillation and register tokens of `part`, which stand before the patches."""
-    named = {name.rpartition(".")[2]: p for name, p in part.named_parameters()}
-    return sum(
-        named[name].shape[1] if named[name].dim() == 3 else 1 for name in TOKENS if name in named
-    )
+def leading_tokens(model: nn.Module, path: str) -> int:
+    """Class, distillation and register tokens before the patches that the sub-model at `path` sees.
+
+    They are parameters of the embeddings, which may stand outside of a sub-model that is an encoder.
+    """
+    part = model.get_submodule(path)
+    while path and not any(EMBEDDINGS.search(type(module).__name__) for module in part.modules()):
+        path = path.rpartition(".")[0]
+        part = model.get_submodule(path)
+    named = {name.rpartition(".")[2]: parameter for name, parameter in part.named_parameters()}
+    return sum(named[name].shape[1] if named[name].dim() == 3 else 1 for name in TOKENS if name in named)
 
 
 def _covered(begun: torch.Tensor, block: torch.Tensor | int, dim: int) -> torch.Tensor:

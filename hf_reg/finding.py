@@ -43,7 +43,7 @@ SEAMS = {
     "attention": Kind("attention module", find_attention, find_uncovered, "its token mixing has code of its own"),
     "ffn": Kind("FFN", find_ffn, find_ffn_uncovered, "its FFNs have code of their own"),
     "residual": Kind("residual branch", find_branches, _uncovered_branches, "its layers have code of their own"),
-    "rank": Kind("low-rank layer (a LoRA adapter, or one that marks its rank)", find_ranks, lambda model, sites: {}, ""),
+    "rank": Kind("LoRA adapter or other low-rank layer", find_ranks, lambda model, sites: {}, ""),
 }
 
 

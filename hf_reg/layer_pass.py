@@ -1,7 +1,7 @@
 """What the gates of one patch know of the layer that runs: its examples, the mask of its tokens, and a common draw.
 
-Gradient checkpointing repeats the forward of a layer, without the layer's own hooks. So what is known comes from inside
-of it: from the hooks of its self-attention, which runs before the FFN, and from the branches themselves.
+Gradient checkpointing repeats the forward of a layer, without the layer's own hooks. So what is known comes from
+inside of it: from the hooks of its self-attention, which runs before the FFN, and from the branches themselves.
 """
 
 from __future__ import annotations
@@ -116,8 +116,8 @@ class LayerPass:
             real = allowed
         if real.shape[-1] != tokens:
             raise ValueError(
-                f"The layer's attention mask, {tuple(mask.shape)}, is not about the {tokens} tokens that pass here, so "
-                "padding cannot be told; leave these layers out with `layers=` or `submodel=`."
+                f"The layer's attention mask, {tuple(mask.shape)}, is not about the {tokens} tokens that pass here, "
+                "so padding cannot be told; leave these layers out with `layers=` or `submodel=`."
             )
         return real.expand(batch, -1)
 

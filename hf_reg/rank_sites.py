@@ -41,7 +41,7 @@ def find_ranks(model: nn.Module) -> list[RankSite]:
                 found.append((path, module, f"lora_B.{adapter}", "adapter", dim, variant))
         elif isinstance(getattr(module, "rank_dim", None), int):
             parent, _, name = path.rpartition(".")
-            found.append((parent, model.get_submodule(parent), name, "factorized", module.rank_dim, ""))  # type: ignore[arg-type]
+            found.append((parent, model.get_submodule(parent), name, "factorized", module.rank_dim, ""))
     paths = [f"{parent}.{name}" if parent else name for parent, _, name, *_ in found]
     return [
         RankSite(parent.get_submodule(name), path, *where, parent, name, kind, "input", dim, variant)

@@ -103,14 +103,16 @@ class NestedDropoutGate(RateGate):
 
 
 def _weight(module: Any) -> torch.Tensor:
-    """What a down-projection multiplies its channels with, (outputs, channels), PEFT's adapters included."""
-    if hasattr(module, "get_delta_weight") and not module.disable_adapters:
-        base = _weight(module.get_base_layer())
-        added = [] if module.merged else [name for name in module.active_adapters if name in module.lora_A]
-        return base + sum(whole(module.get_delta_weight(name)) for name in added).reshape(base.shape) if added else base
-    module = module.get_base_layer() if hasattr(module, "get_base_layer") else module
-    weight = whole(module.weight)
-    return weight.T if isinstance(module, Conv1D) else weight.flatten(2).sum(-1) if weight.dim() > 2 else weight
+    """What a down-projection multiplies its channels with, (outputs, channels), LoRA's share included."""
+    base = module.get_base_layer() if hasattr(module, "get_base_layer") else module
+    weight = whole(base.weight)
+    weight = weight.T if isinstance(base, Conv1D) else weight.flatten(1) if weight.dim() > 2 else weight
+    if hasattr(module, "lora_A") and not module.disable_adapters and not module.merged:
+        for name in module.active_adapters:
+            if name in module.lora_A:
+                added = module.get_delta_weight(name)
+                weight = weight + (added.T if isinstance(base, Conv1D) else added).reshape(weight.shape)
+    return weight
 
 
 @torch.no_grad()

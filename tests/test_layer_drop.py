@@ -101,7 +101,7 @@ def test_compiles_in_one_graph(unit: str) -> None:
     tiny.inputs["use_cache"] = False
     model = patch_model(tiny.model.train(), "layer_drop", p=0.5, unit=unit)
     torch._dynamo.reset()
-    compiled = torch.compile(model, fullgraph=True, backend="aot_eager")
+    compiled = torch.compile(model, fullgraph=True, backend="eager")
     outputs = [compiled(**tiny.inputs)[0] for _ in range(8)]
     assert any(not torch.equal(outputs[0], other) for other in outputs)
     counted = torch._dynamo.utils.counters["stats"]["unique_graphs"]
@@ -122,7 +122,7 @@ def test_errors() -> None:
             patch_model(llama, "layer_drop", **settings)
     with pytest.raises(ValueError, match="attentions.0.out_lin stands in no layer that holds both"):
         patch_model(build("xlm").model, "layer_drop", unit="layer")
-    with pytest.raises(ValueError, match=r"FSMTModel have tokens before examples, \(T, B, C\); use granularity='batch'"):
+    with pytest.raises(ValueError, match=r"tokens before examples, \(T, B, C\); use granularity='batch'"):
         patch_model(build("fsmt").model, "layer_drop")
     with pytest.raises(ValueError, match="found nothing to patch in 'Linear'"):
         patch_model(nn.Linear(2, 2), "layer_drop")
