@@ -10,6 +10,7 @@ import torch
 from torch import nn
 
 from hf_reg import patch_model
+from hf_reg.layer_pass import LayerPass
 from hf_reg.patches.layer_drop import LayerDropGate
 from hf_reg.seams import gates
 
@@ -60,6 +61,17 @@ def test_a_layer_has_one_draw_for_all_of_its_branches() -> None:
     assert not torch.equal(decoder[0], others[0])
     alone = [each for path, each in factors("t5", 40, p=0.5, depth="uniform").items() if "decoder.block.0." in path]
     assert not torch.equal(alone[0], alone[1])
+
+
+def test_a_branch_that_asks_again_begins_another_pass() -> None:
+    """Nothing tells when gradient checkpointing repeats a layer: what is left of the pass before must not be used."""
+    shared, device = LayerPass(), torch.device("cpu")
+    first = shared.draw("attention", 5, device)
+    assert shared.draw("ffn", 5, device) is first
+    again = shared.draw("attention", 5, device)
+    assert not torch.equal(again, first) and shared.draw("ffn", 5, device) is again
+    with pytest.raises(ValueError, match="other has 2 rows, attention, ffn before it 5"):
+        shared.draw("other", 2, device)
 
 
 def test_one_draw_for_the_batch_without_rescaling() -> None:
