@@ -54,7 +54,7 @@ class Patch:
 
     name: ClassVar[str] = ""
     formula: ClassVar[str] = ""  # for model cards
-    seam: ClassVar[str] = "attention"  # where it acts: "attention", "ffn" or "residual" (finding.py)
+    seam: ClassVar[str] = "attention"  # where it acts: "attention", "ffn", "residual" or "rank" (finding.py)
     acts_on: ClassVar[str] = "attention"  # in words, what `accepts` accepts
     rate_field: ClassVar[str | None] = None  # the setting that the schedule multiplies
     in_eval: ClassVar[bool] = False  # True only for deterministic interventions such as `head_mask`

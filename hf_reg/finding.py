@@ -10,6 +10,7 @@ from torch import nn
 
 from .ffn_sites import find_ffn, find_ffn_uncovered
 from .layers import Site
+from .rank_sites import find_ranks
 from .residual_sites import find_branches
 from .sites import find_attention, find_uncovered
 
@@ -46,6 +47,9 @@ SEAMS = {
     "ffn": Kind("FFN", "FFNs", find_ffn, find_ffn_uncovered, "its FFNs have code of their own"),
     "residual": Kind(
         "residual branch", "residual branches", find_branches, _uncovered_branches, "its layers have code of their own"
+    ),
+    "rank": Kind(
+        "low-rank layer", "low-rank layers (LoRA adapters and others)", find_ranks, lambda model, sites: {}, ""
     ),
 }
 

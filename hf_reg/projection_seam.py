@@ -26,7 +26,6 @@ class ProjectionSeam(Seam):
     def __init__(self, name: str, point: str) -> None:
         super().__init__()
         self.name, self.point = name, point
-        self.deep = "." in name
 
     def send(self, states: torch.Tensor) -> torch.Tensor:
         """`states` after every gate that is on."""
@@ -68,8 +67,8 @@ class _Follow(SeamHook):
         self.owner, self.target = seam, target
 
     def __call__(self, module: nn.Module, args: Any) -> None:
-        current = module.get_submodule(self.owner.name) if self.owner.deep else module._modules[self.owner.name]
-        if current is not self.target:
+        current = held(module, self.owner.name)
+        if current is not None and current is not self.target:
             self.move(current)
 
     @torch.compiler.disable  # never reached in a compiled forward: wrapping a model comes before compiling it
@@ -77,6 +76,14 @@ class _Follow(SeamHook):
         disconnect(self.target, [self.owner])
         _hook(current, self.owner)
         self.target = current
+
+
+def held(parent: nn.Module, name: str) -> nn.Module | None:
+    """What `parent` holds under `name`, which may lead through a dict of modules (LoRA's `lora_B.default`)."""
+    found: nn.Module | None = parent
+    for part in name.split("."):
+        found = None if found is None else found._modules.get(part)
+    return found
 
 
 def _hook(target: nn.Module, seam: ProjectionSeam) -> None:
@@ -87,13 +94,17 @@ def _hook(target: nn.Module, seam: ProjectionSeam) -> None:
 
 
 def projection_key(site: ProjectionSite) -> str:
-    """Name of the seam of `site` in its parent; by number, since PEFT finds modules by parts of their names."""
-    first, *others = site.name.split(".")
-    return "_".join([SEAM, str(list(site.parent._modules).index(first)), *others, site.point])
+    """Name of the seam of `site` in its parent; by number, since PEFT finds modules by the ends of their names."""
+    numbers, inside = [], site.parent
+    for part in site.name.split("."):
+        numbers.append(str(list(inside._modules).index(part)))
+        inside = inside._modules[part]  # type: ignore[assignment]
+    return f"{SEAM}_{'_'.join(numbers)}_{site.point}"
 
 
 def connect_projection(site: ProjectionSite, seam: ProjectionSeam) -> None:
     """Leave the hooks that send what passes `site` through `seam`."""
-    target = site.parent.get_submodule(site.name)
+    target = held(site.parent, site.name)
+    assert target is not None
     _hook(target, seam)
     site.parent.register_forward_pre_hook(_Follow(seam, target))

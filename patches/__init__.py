@@ -1,14 +1,21 @@
 """One regularizer a file. Add a method here, and nowhere else in the package (CONTRIBUTING.md)."""
 
 from hf_reg.base import Patch
+from hf_reg.patches.drop_block import DropBlock
 from hf_reg.patches.drophead import DropHead
 from hf_reg.patches.ffn_dropout import FfnDropout
 from hf_reg.patches.head_mask import HeadMask
+from hf_reg.patches.layer_drop import LayerDrop
+from hf_reg.patches.nested_dropout import NestedDropout
 from hf_reg.patches.residual_dropout import ResidualDropout
+from hf_reg.patches.tensor_dropout import TensorDropout
 from hf_reg.patches.tlm import TLM
 
 
-__all__ = ["PATCHES", "TLM", "DropHead", "FfnDropout", "HeadMask", "ResidualDropout"]
+__all__ = [
+    "PATCHES", "TLM", "DropBlock", "DropHead", "FfnDropout", "HeadMask", "LayerDrop", "NestedDropout",
+    "ResidualDropout", "TensorDropout",
+]  # fmt: skip
 
 PATCHES: dict[str, type[Patch]] = {
     "tlm": TLM,
@@ -16,4 +23,8 @@ PATCHES: dict[str, type[Patch]] = {
     "head_mask": HeadMask,
     "ffn_dropout": FfnDropout,
     "residual_dropout": ResidualDropout,
+    "layer_drop": LayerDrop,
+    "drop_block": DropBlock,
+    "nested_dropout": NestedDropout,
+    "tensor_dropout": TensorDropout,
 }

@@ -118,7 +118,13 @@ def test_the_examples_of_patches_and_recipes_work() -> None:
 
     for name, cls in PATCHES.items():
         model = build("llama")
-        eval(entry_of(name, cls).example, {"patch_model": patch_model, "model": model})  # noqa: S307
+        names = {
+            "patch_model": patch_model,
+            "model": model,
+            "get_peft_model": get_peft_model,
+            "LoraConfig": LoraConfig,
+        }
+        eval(entry_of(name, cls).example, names)  # noqa: S307
         assert name in str(describe(model))
     for name, entry in CATALOGUE.items():
         if name in PATCHES:

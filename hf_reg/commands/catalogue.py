@@ -57,6 +57,11 @@ CATALOGUE: dict[str, Entry] = {
         "Are Sixteen Heads Really Better than One?, arXiv 1905.10650",
         'patch_model(model, "head_mask", heads={0: [1, 3]})',
     ),
+    "tensor_dropout": Entry(
+        "U V^T <- U diag(lambda / (1 - p)) V^T, lambda_k ~ Bernoulli(1 - p); of LoRA, B A for U V^T",
+        "Tensor Dropout for Robust Learning, IEEE JSTSP 2021, arXiv 1902.10758",
+        'patch_model(get_peft_model(model, LoraConfig(target_modules="all-linear")), "tensor_dropout")',
+    ),
     "orthonormality": Entry(
         "sum over matrices of ||M M^T - I||_F, over the short side of M",
         "SORSA, arXiv 2409.00055",
