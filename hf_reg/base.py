@@ -53,9 +53,10 @@ class Patch:
 
     name: ClassVar[str] = ""
     formula: ClassVar[str] = ""  # for model cards
-    seam: ClassVar[str] = "attention"  # where it acts: "attention", "ffn" or "residual" (finding.py)
+    seam: ClassVar[str] = "attention"  # where it acts: "attention", "ffn", "residual" or "dropout" (finding.py)
     acts_on: ClassVar[str] = "attention"  # in words, what `accepts` accepts
     rate_field: ClassVar[str | None] = None  # the setting that the schedule multiplies
+    drops: ClassVar[str] = ""  # what kind of dropout it is, "hidden" or "ffn": `dynamic_dropout` moves its rate as well
     in_eval: ClassVar[bool] = False  # True only for deterministic interventions such as `head_mask`
 
     layers: str | int | Sequence[int] = field(default="all", kw_only=True)
@@ -77,7 +78,7 @@ class Patch:
                 raise ValueError(
                     f"{self.name} has no rate, so schedule={self.schedule!r} would do nothing; leave it out."
                 )
-            peak = self.schedule.peak * getattr(self, self.rate_field)  # type: ignore[union-attr]
+            peak = self.schedule.peak * (getattr(self, self.rate_field) or 0.0)  # type: ignore[union-attr]
             if not peak < 1:
                 raise ValueError(
                     f"{self.name}: {self.rate_field}={getattr(self, self.rate_field)} times the highest factor of the "

@@ -38,10 +38,17 @@ def _uncovered_branches(model: nn.Module, sites: Any) -> dict[str, int]:
     return find_uncovered(model, find_attention(model))
 
 
+def _find_dropouts(model: nn.Module) -> Sequence[Site]:
+    from .dropout.finding import find_dropouts  # that package has `set_dropout`, which needs this module
+
+    return find_dropouts(model)
+
+
 SEAMS = {
     "attention": Kind("attention module", find_attention, find_uncovered, "its token mixing has code of its own"),
     "ffn": Kind("FFN", find_ffn, find_ffn_uncovered, "its FFNs have code of their own"),
     "residual": Kind("residual branch", find_branches, _uncovered_branches, "its layers have code of their own"),
+    "dropout": Kind("dropout", _find_dropouts, _uncovered_branches, "its layers have code of their own"),
 }
 
 

@@ -1,14 +1,20 @@
 """One regularizer a file. Add a method here, and nowhere else in the package (CONTRIBUTING.md)."""
 
 from hf_reg.base import Patch
+from hf_reg.patches.attention_dropout import AttentionDropout
 from hf_reg.patches.drophead import DropHead
+from hf_reg.patches.dynamic_dropout import DynamicDropout
 from hf_reg.patches.ffn_dropout import FfnDropout
 from hf_reg.patches.head_mask import HeadMask
+from hf_reg.patches.hidden_dropout import HiddenDropout
 from hf_reg.patches.residual_dropout import ResidualDropout
 from hf_reg.patches.tlm import TLM
 
 
-__all__ = ["PATCHES", "TLM", "DropHead", "FfnDropout", "HeadMask", "ResidualDropout"]
+__all__ = [
+    "PATCHES", "TLM", "AttentionDropout", "DropHead", "DynamicDropout", "FfnDropout", "HeadMask", "HiddenDropout",
+    "ResidualDropout",
+]  # fmt: skip
 
 PATCHES: dict[str, type[Patch]] = {
     "tlm": TLM,
@@ -16,4 +22,7 @@ PATCHES: dict[str, type[Patch]] = {
     "head_mask": HeadMask,
     "ffn_dropout": FfnDropout,
     "residual_dropout": ResidualDropout,
+    "attention_dropout": AttentionDropout,
+    "hidden_dropout": HiddenDropout,
+    "dynamic_dropout": DynamicDropout,
 }

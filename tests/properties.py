@@ -347,7 +347,7 @@ def visibility_respected(case: Case) -> str | None:
             leaked = (a == 0) & (b > 1e-5)
             if (
                 leaked.any()
-                and case.patch == "ffn_dropout"
+                and known_patches()[case.patch].seam == "ffn"
                 and any(s.kind != "projection" for s in find_ffn(case.model))
             ):
                 return "experts draw for tokens in the order of the routing, which the change moved"
