@@ -115,11 +115,13 @@ class Gate(nn.Module):
     """
 
     hides: ClassVar[bool] = False  # whether `hide` does anything
+    schedule: Schedule | None = None  # that of the patch, or one of the gate's own
     replaces_dropout: bool = False  # whether the model's attention-probability dropout is off while this gate is on
 
     def __init__(self, patch: Patch) -> None:
         super().__init__()
         self.patch = patch
+        self.schedule = patch.schedule  # type: ignore[assignment]
 
     def enabled(self) -> bool:
         """Whether the gate acts on this call."""

@@ -91,6 +91,8 @@ def _now(gate: Gate) -> str:
     if not rates:
         return "always on"
     rate = ", ".join(f"{rate:g}" for rate in rates)
+    if gate.patch.in_eval:
+        return f"{rate}, in evaluation too"
     return f"{rate} in training" if gate.training else f"off (eval); {rate} in training"
 
 

@@ -254,10 +254,9 @@ def model_step(model: nn.Module, step: int, total: int, losses: Sequence[float] 
     from .seams import gates
 
     for gate in gates(model):
-        schedule = gate.patch.schedule
-        if schedule is not None:
+        if gate.schedule is not None:
             for part in gate.rates():
-                part.factor = schedule(step, total, losses)  # type: ignore[operator]
+                part.factor = gate.schedule(step, total, losses)
 
 
 class ScheduleCallback(TrainerCallback):

@@ -1,6 +1,7 @@
 """One regularizer a file. Add a method here, and nowhere else in the package (CONTRIBUTING.md)."""
 
 from hf_reg.base import Patch
+from hf_reg.patches.adaptive_dropout import AdaptiveDropout
 from hf_reg.patches.attention_dropout import AttentionDropout
 from hf_reg.patches.drophead import DropHead
 from hf_reg.patches.dynamic_dropout import DynamicDropout
@@ -8,12 +9,13 @@ from hf_reg.patches.ffn_dropout import FfnDropout
 from hf_reg.patches.head_mask import HeadMask
 from hf_reg.patches.hidden_dropout import HiddenDropout
 from hf_reg.patches.residual_dropout import ResidualDropout
+from hf_reg.patches.standout import Standout
 from hf_reg.patches.tlm import TLM
 
 
 __all__ = [
-    "PATCHES", "TLM", "AttentionDropout", "DropHead", "DynamicDropout", "FfnDropout", "HeadMask", "HiddenDropout",
-    "ResidualDropout",
+    "PATCHES", "TLM", "AdaptiveDropout", "AttentionDropout", "DropHead", "DynamicDropout", "FfnDropout", "HeadMask",
+    "HiddenDropout", "ResidualDropout", "Standout",
 ]  # fmt: skip
 
 PATCHES: dict[str, type[Patch]] = {
@@ -25,4 +27,6 @@ PATCHES: dict[str, type[Patch]] = {
     "attention_dropout": AttentionDropout,
     "hidden_dropout": HiddenDropout,
     "dynamic_dropout": DynamicDropout,
+    "standout": Standout,
+    "adaptive_dropout": AdaptiveDropout,
 }

@@ -21,6 +21,7 @@ NOT_APPLICABLE: set[tuple[str, ...]] = {
     ("vit", "visibility_respected"), ("whisper", "visibility_respected"),  # no input_ids
     ("deberta-v2", "backends_agree"),  # own attention code: one backend
     ("mixtral", "visibility_respected", "ffn_dropout"),  # the order of the draws follows the routing
+    ("mixtral", "visibility_respected", "standout"),
 }  # fmt: skip
 
 
