@@ -56,7 +56,7 @@ class Patch:
     seam: ClassVar[str] = "attention"  # where it acts: "attention", "ffn", "residual" or "dropout" (finding.py)
     acts_on: ClassVar[str] = "attention"  # in words, what `accepts` accepts
     rate_field: ClassVar[str | None] = None  # the setting that the schedule multiplies
-    drops: ClassVar[str] = ""  # what kind of dropout it is, "hidden" or "ffn": `dynamic_dropout` moves its rate as well
+    drops: ClassVar[str] = ""  # the kind of dropout that it is, "hidden" or "ffn", for `dynamic_dropout`
     in_eval: ClassVar[bool] = False  # True only for deterministic interventions such as `head_mask`
 
     layers: str | int | Sequence[int] = field(default="all", kw_only=True)

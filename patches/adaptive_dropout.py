@@ -18,7 +18,7 @@ __all__ = ["AdaptiveDropout", "annealed"]
 
 @dataclass(frozen=True)
 class annealed(Schedule):
-    """`inner` until layer number `layer` of `layers` is switched off, at `until * (layer + 1) / layers` of training."""
+    """`inner` until layer `layer` of `layers` is switched off, at `until * (layer + 1) / layers` of training."""
 
     inner: Schedule
     layer: int
@@ -35,18 +35,18 @@ class AdaptiveDropout(Patch):
     """Adaptive dropout: channels of every FFN are dropped for a whole example, the result is mixed with the undropped
     features, and layers are switched to the plain forward one after another, the first layer first.
 
-    From *Adaptive Dropout: Unleashing Dropout across Layers for Generalizable Image Super-Resolution* (CVPR 2025, arXiv
-    2506.12738). Abstract and released code were read, the equations of the paper were not. In that code a place between
-    the two convolutions of each residual block computes w x + (1 - w) D(x), D channel dropout at 0.5, w = 0.3; every
+    From *Adaptive Dropout: Unleashing Dropout across Layers for Generalizable Image Super-Resolution* (CVPR 2025,
+    arXiv 2506.12738). Abstract and released code were read, the equations of the paper were not. In the code a place
+    between the two convolutions of each residual block computes w x + (1 - w) D(x), D channel dropout at 0.5, w = 0.3; every
     20,000 of 500,000 steps one more of the 17 places gets w = 1, the shallowest first, so all are off at 0.68 of
     training. A small network that predicts w is commented out there. Nothing is known about language models.
 
-    Here the place is the activation between the projections of an FFN. The paper's is before the ReLU; for ReLU the two
-    are equal, since every factor is positive or 0. Channels are drawn for each example; inside of experts and wherever
-    examples are flattened, for all tokens of the call. Evaluation is the stock forward (the code's w = 1).
+    Here the place is the activation between the projections of an FFN. The paper's is before the ReLU; for ReLU the
+    two are equal, since every factor is positive or 0. Channels are drawn for each example; inside of experts and
+    wherever examples are flattened, for all tokens of the call. Evaluation is the stock forward (the code's w = 1).
 
-    The factor on a dropped channel is w, on a kept one w + (1 - w) / (1 - p), so the mean over draws is x. A token with
-    mean mu and variance s^2 over its channels gets on average the variance s^2 + (1 - w)^2 p / (1 - p) (mu^2 + s^2).
+    The factor on a dropped channel is w, on a kept one w + (1 - w) / (1 - p), so the mean over draws is x. A token
+    with mean mu and variance s^2 over its channels gets on average the variance s^2 + (1 - w)^2 p / (1 - p) (mu^2 + s^2).
     `mix="variance"`, ours and not the paper's, chooses 1 - w = (1 - weight) s / sqrt(mu^2 + s^2) for each token: then
     the variance grows by the same share, (1 - weight)^2 p / (1 - p), in all of them. It has no parameters, so
     checkpoints stay stock, and looks at no other token. No gradient goes through w.
@@ -61,7 +61,9 @@ class AdaptiveDropout(Patch):
     """
 
     name: ClassVar[str] = "adaptive_dropout"
-    formula: ClassVar[str] = "h <- w h + (1 - w) m h / (1 - p), m_c ~ Bernoulli(1 - p) by channel; w = 1 layer by layer"
+    formula: ClassVar[str] = (
+        "h <- w h + (1 - w) m h / (1 - p), m_c ~ Bernoulli(1 - p) by channel; w = 1 layer by layer"
+    )
     seam: ClassVar[str] = "ffn"
     acts_on: ClassVar[str] = "an FFN"
     rate_field: ClassVar[str] = "p"
@@ -104,9 +106,8 @@ class AdaptiveGate(RateGate):
         noise = torch.rand(shape, device=states.device)
         moved = (noise >= rate) / (1 - rate) - 1  # D(x) - x, in units of x
         share = 1 - self.patch.weight
-        if self.patch.mix == "constant":
-            return states * (1 + share * moved).to(states.dtype)
-        with torch.no_grad():
-            variance, mean = torch.var_mean(states.float(), dim=self.dim, keepdim=True, correction=0)
-            share = share * (variance / (variance + mean.square()).clamp(min=1e-12)).sqrt()
+        if self.patch.mix == "variance":
+            with torch.no_grad():
+                variance, mean = torch.var_mean(states.float(), dim=self.dim, keepdim=True, correction=0)
+                moved = moved * (variance / (variance + mean.square()).clamp(min=1e-12)).sqrt()
         return states * (1 + share * moved).to(states.dtype)

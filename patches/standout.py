@@ -40,8 +40,8 @@ class Standout(Patch):
     pre-activations, alpha w + beta: the same at beta = 0.
 
     `p` is a strength of our own, pi_j = 1 - p (1 - sigmoid(alpha z_j + beta)): 0 is the identity, 1 the paper's. No
-    gradient goes through the mask nor its probability. Units that stay are divided by pi_j, so that the mean over draws
-    is the undropped activation and evaluation is the stock forward; since pi_j >= 1 - p, nothing is scaled by more
+    gradient goes through the mask nor its probability. Units that stay are divided by pi_j, so that the mean over
+    draws is the undropped activation and evaluation is the stock forward; since pi_j >= 1 - p, nothing is scaled by more
     than 1 / (1 - p). `expectation="test"` is the paper's: no scaling in training, and *evaluation* multiplies by pi_j,
     so that what is saved has to be evaluated with this patch on.
 
@@ -57,7 +57,7 @@ class Standout(Patch):
     """
 
     name: ClassVar[str] = "standout"
-    formula: ClassVar[str] = "h_j <- m_j h_j / pi_j, m_j ~ Bernoulli(pi_j), pi_j = 1 - p (1 - sigmoid(alpha z_j + beta))"
+    formula: ClassVar[str] = "h_j <- m_j h_j / pi_j, m_j ~ Bernoulli(pi_j), pi_j = 1 - p sigmoid(-alpha z_j - beta)"
     seam: ClassVar[str] = "ffn"
     acts_on: ClassVar[str] = "an FFN whose pre-activation can be seen"
     rate_field: ClassVar[str] = "p"
@@ -124,7 +124,7 @@ class StandoutGate(RateGate):
         if z is None or z.shape != states.shape:
             raise RuntimeError(
                 f"standout found pre-activations {None if z is None else tuple(z.shape)} for activations "
-                f"{tuple(states.shape)}; leave the FFNs of this kind out (`layers=`, `submodel=`), or report the model."
+                f"{tuple(states.shape)}; leave such FFNs out (`layers=`, `submodel=`), or report the model."
             )
         rate = self.rate if torch.compiler.is_compiling() else self.p * self.factor
         keep = keep_probability(z, rate, self.patch.alpha, self.patch.beta)

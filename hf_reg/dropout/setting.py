@@ -132,8 +132,8 @@ def set_dropout(
     held = sorted({gate.patch.name for gate in gates(inner) if gate.patch.seam == "dropout"})
     if held:
         raise ValueError(
-            f"{', '.join(held)} holds the dropout of this model, and would not know of the new rates. Call set_dropout "
-            f"before patch_model, or unpatch_model(model, {held[0]!r}) first."
+            f"{', '.join(held)} holds the dropout of this model, and would not know of the new rates. Call "
+            f"set_dropout before patch_model, or unpatch_model(model, {held[0]!r}) first."
         )
     map_ = Map(inner)
     added = {kind: map_.missing(kind) for kind in rates}
