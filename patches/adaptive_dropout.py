@@ -37,8 +37,8 @@ class AdaptiveDropout(Patch):
 
     From *Adaptive Dropout: Unleashing Dropout across Layers for Generalizable Image Super-Resolution* (CVPR 2025,
     arXiv 2506.12738). Abstract and released code were read, the equations of the paper were not. In the code a place
-    between the two convolutions of each residual block computes w x + (1 - w) D(x), D channel dropout at 0.5, w = 0.3; every
-    20,000 of 500,000 steps one more of the 17 places gets w = 1, the shallowest first, so all are off at 0.68 of
+    between the two convolutions of each residual block computes w x + (1 - w) D(x), D channel dropout at 0.5, w = 0.3;
+    every 20,000 of 500,000 steps one more of the 17 places gets w = 1, the shallowest first, so all are off at 0.68 of
     training. A small network that predicts w is commented out there. Nothing is known about language models.
 
     Here the place is the activation between the projections of an FFN. The paper's is before the ReLU; for ReLU the
@@ -46,9 +46,9 @@ class AdaptiveDropout(Patch):
     wherever examples are flattened, for all tokens of the call. Evaluation is the stock forward (the code's w = 1).
 
     The factor on a dropped channel is w, on a kept one w + (1 - w) / (1 - p), so the mean over draws is x. A token
-    with mean mu and variance s^2 over its channels gets on average the variance s^2 + (1 - w)^2 p / (1 - p) (mu^2 + s^2).
-    `mix="variance"`, ours and not the paper's, chooses 1 - w = (1 - weight) s / sqrt(mu^2 + s^2) for each token: then
-    the variance grows by the same share, (1 - weight)^2 p / (1 - p), in all of them. It has no parameters, so
+    with mean mu and variance s^2 over its channels gets on average the variance s^2 + (1 - w)^2 p / (1 - p) (mu^2 +
+    s^2). `mix="variance"`, ours and not the paper's, chooses 1 - w = (1 - weight) s / sqrt(mu^2 + s^2) for each token:
+    then the variance grows by the same share, (1 - weight)^2 p / (1 - p), in all of them. It has no parameters, so
     checkpoints stay stock, and looks at no other token. No gradient goes through w.
 
     Args:

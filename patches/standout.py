@@ -41,9 +41,9 @@ class Standout(Patch):
 
     `p` is a strength of our own, pi_j = 1 - p (1 - sigmoid(alpha z_j + beta)): 0 is the identity, 1 the paper's. No
     gradient goes through the mask nor its probability. Units that stay are divided by pi_j, so that the mean over
-    draws is the undropped activation and evaluation is the stock forward; since pi_j >= 1 - p, nothing is scaled by more
-    than 1 / (1 - p). `expectation="test"` is the paper's: no scaling in training, and *evaluation* multiplies by pi_j,
-    so that what is saved has to be evaluated with this patch on.
+    draws is the undropped activation and evaluation is the stock forward; since pi_j >= 1 - p, nothing is scaled by
+    more than 1 / (1 - p). `expectation="test"` is the paper's: no scaling in training, and *evaluation* multiplies by
+    pi_j, so that what is saved has to be evaluated with this patch on.
 
     In a gated FFN z is the pre-activation of the gate; where gate and value come from one projection, the first half.
 
