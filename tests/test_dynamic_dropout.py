@@ -132,12 +132,20 @@ def test_the_last_patch_at_a_place_sets_the_rate_whatever_is_taken_off_first() -
         assert rates(model, "attention") == [0.1, 0.1] and not seams(model)
 
 
+def test_two_patches_at_a_place_drop_once() -> None:
+    model = patch_model(build("bert").model.train(), "hidden_dropout", p=0.5)
+    patch_model(model, "dynamic_dropout", kinds="hidden")
+    out = model.embeddings.dropout(torch.ones(10_000))
+    assert set(out.tolist()) == {0.0, 2.0}
+
+
 def test_settings_are_replaced_while_the_rates_are_moved() -> None:
     model = build("bert").model
     patch_model(model, "dynamic_dropout")
     model_step(model, 10, 10)
     patch_model(model, "dynamic_dropout", schedule="curriculum")  # all rates are 0 now; their own ones are not
     model_step(model, 10, 10)
+    assert len(list(gates(model))) == 7
     assert rates(model, "hidden") == pytest.approx([0.1] * 5, rel=1e-3)
     unpatch_model(model)
     assert rates(model, "hidden") == [0.1] * 5

@@ -64,13 +64,15 @@ def test_no_gradient_goes_through_the_probability() -> None:
 def test_the_pre_activation_is_that_of_the_activated_half(model_type: str, projection: str, half: bool) -> None:
     tiny = build(model_type)
     model = patch_model(without_dropout(tiny.model).train(), "standout", p=0.5)
-    gate, seen, given = gate_of(model), [], []
+    gate, seen, given, found = gate_of(model), [], [], []
     transform = gate.transform
 
     def spy(states: torch.Tensor) -> torch.Tensor:
         seen.append(gate.seen)
         given.append(states)
-        return transform(states)
+        torch.manual_seed(0)
+        found.append(transform(states))
+        return found[-1]
 
     gate.transform = spy
     activation: list[torch.Tensor] = []
@@ -81,6 +83,9 @@ def test_the_pre_activation_is_that_of_the_activated_half(model_type: str, proje
     assert seen and gate.seen is None
     z = seen[0].chunk(2, dim=gate.dim)[0] if half else seen[0]
     assert z.shape == given[0].shape and torch.equal(z, activation[0])
+    keep = keep_probability(z, 0.5, 1.0, 0.0)
+    torch.manual_seed(0)
+    torch.testing.assert_close(found[0], given[0] * (torch.rand(z.shape) < keep) / keep)
 
 
 @pytest.mark.parametrize("first", ["patch", "adapter"])
