@@ -57,6 +57,12 @@ CATALOGUE: dict[str, Entry] = {
         "Are Sixteen Heads Really Better than One?, arXiv 1905.10650",
         'patch_model(model, "head_mask", heads={0: [1, 3]})',
     ),
+    "dynamic_dropout": Entry(
+        "p_t = p f(t), f the schedule: 1 - t / T, exp(-k t / T), 1 - exp(-10 t / T), by the validation losses, ...",
+        "Enhancing Transformer Training Efficiency with Dynamic Dropout, arXiv 2411.03236; Curriculum Dropout, ICCV "
+        "2017, arXiv 1703.06229",
+        'patch_model(model, "dynamic_dropout", p=0.1, schedule="curriculum")',
+    ),
     "orthonormality": Entry(
         "sum over matrices of ||M M^T - I||_F, over the short side of M",
         "SORSA, arXiv 2409.00055",
