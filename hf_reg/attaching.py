@@ -4,13 +4,15 @@ from __future__ import annotations
 
 import warnings
 from collections.abc import Collection
+from itertools import chain
 from typing import Any
 
 import torch
 from torch import nn
 
 from .base import Gate
-from .layers import ProjectionSite, Site
+from .dropout_seam import DropoutSeam, PlaceGate, connect_dropout, dropout_key
+from .layers import DropoutSite, ProjectionSite, Site
 from .own_attention import connect, disconnect
 from .projection_seam import ProjectionSeam, connect_projection, projection_key
 from .seams import SEAM, AttentionSeam, Seam, install, seams
@@ -29,7 +31,9 @@ def forget_compiled() -> None:
 
 def carrier(site: Site) -> tuple[nn.Module, str]:
     """The module that carries the seam of `site`, and the name of the seam there."""
-    return (site.parent, projection_key(site)) if isinstance(site, ProjectionSite) else (site.module, SEAM)
+    if isinstance(site, ProjectionSite):
+        return site.parent, projection_key(site)
+    return site.module, dropout_key(site) if isinstance(site, DropoutSite) else SEAM
 
 
 def seam_at(site: Site) -> Seam | None:
@@ -38,12 +42,18 @@ def seam_at(site: Site) -> Seam | None:
 
 
 def _make_seam(site: Site) -> Seam:
+    if isinstance(site, DropoutSite) and site.attention is not None:
+        return _make_seam(site.attention)
     module, key = carrier(site)
     seam: Seam
     if isinstance(site, ProjectionSite):
         seam = ProjectionSeam(site.name, site.point)
         module.add_module(key, seam)
         connect_projection(site, seam)
+    elif isinstance(site, DropoutSite):
+        seam = DropoutSeam()
+        module.add_module(key, seam)
+        connect_dropout(site, seam)
     else:
         assert isinstance(site, AttentionSite)
         install()
@@ -59,7 +69,7 @@ def attach(model: nn.Module, name: str, gates: Gates) -> None:
     for site, gate in gates:
         seam = seam_at(site) or _make_seam(site)
         module, _ = carrier(site)
-        reference = next(module.parameters(), None)
+        reference = next(chain(module.parameters(), model.parameters()), None)  # a dropout module has none
         if reference is not None and not reference.is_meta:  # of a layer that is offloaded: it runs elsewhere
             gate.to(reference.device)
         seam.add_module(name, gate)
@@ -86,12 +96,13 @@ def detach(model: nn.Module, name: str | None, keep: Collection[tuple[nn.Module,
 
 def snapshot(model: nn.Module, sites: list[Site]) -> dict[str, Gates]:
     """The gates on `model` by patch, given every place where one may stand."""
-    found: dict[str, Gates] = {}
-    for site in sites:
+    found: dict[str, dict[Any, Any]] = {}
+    for site in sites:  # the seams of two sites may be one
         seam = seam_at(site)
         for name, gate in seam._modules.items() if seam is not None else ():
-            found.setdefault(name, []).append((site, gate))  # type: ignore[arg-type]
-    return found
+            if isinstance(site, DropoutSite) == isinstance(gate, PlaceGate):
+                found.setdefault(name, {})[gate] = site
+    return {name: [(site, gate) for gate, site in gates.items()] for name, gates in found.items()}
 
 
 def restore(model: nn.Module, before: dict[str, Gates]) -> None:

@@ -10,6 +10,7 @@ from typing import TYPE_CHECKING, Any, ClassVar
 import torch
 from torch import nn
 
+from .checks import check_choice, check_range
 from .dropping import drop_units
 from .schedules import Schedule, make_schedule
 
@@ -19,22 +20,6 @@ if TYPE_CHECKING:
 
 
 __all__ = ["Gate", "Patch", "Penalty", "RateGate", "check_choice", "check_range"]
-
-
-def check_choice(owner: str, name: str, value: object, choices: Sequence[object]) -> None:
-    """Raise `ValueError` unless `value` is one of `choices`."""
-    if value not in choices:
-        raise ValueError(f"{owner}: {name}={value!r} is not known; choose one of {', '.join(map(repr, choices))}.")
-
-
-def check_range(owner: str, name: str, value: object, low: float, high: float, *, closed: bool = False) -> None:
-    """Raise `TypeError` for a value that is no number and `ValueError` for one outside `[low, high)`."""
-    if isinstance(value, bool) or not isinstance(value, (int, float)):
-        raise TypeError(f"{owner}: {name} must be a number, got {value!r} ({type(value).__name__}).")
-    if not (low <= value < high or (closed and value == high)):
-        raise ValueError(
-            f"{owner}: {name}={value} is out of range; give {low} <= {name} {'<=' if closed else '<'} {high}."
-        )
 
 
 @dataclass(frozen=True)
@@ -54,9 +39,10 @@ class Patch:
 
     name: ClassVar[str] = ""
     formula: ClassVar[str] = ""  # for model cards
-    seam: ClassVar[str] = "attention"  # where it acts: "attention", "ffn", "residual" or "rank" (finding.py)
+    seam: ClassVar[str] = "attention"  # where it acts: a key of `SEAMS` (finding.py)
     acts_on: ClassVar[str] = "attention"  # in words, what `accepts` accepts
     rate_field: ClassVar[str | None] = None  # the setting that the schedule multiplies
+    drops: ClassVar[str] = ""  # the kind of dropout that it is, "hidden" or "ffn", for `dynamic_dropout`
     in_eval: ClassVar[bool] = False  # True only for deterministic interventions such as `head_mask`
 
     layers: str | int | Sequence[int] = field(default="all", kw_only=True)
@@ -78,7 +64,7 @@ class Patch:
                 raise ValueError(
                     f"{self.name} has no rate, so schedule={self.schedule!r} would do nothing; leave it out."
                 )
-            peak = self.schedule.peak * getattr(self, self.rate_field)  # type: ignore[union-attr]
+            peak = self.schedule.peak * (getattr(self, self.rate_field) or 0.0)  # type: ignore[union-attr]
             if not peak < 1:
                 raise ValueError(
                     f"{self.name}: {self.rate_field}={getattr(self, self.rate_field)} times the highest factor of the "
@@ -115,11 +101,13 @@ class Gate(nn.Module):
     """
 
     hides: ClassVar[bool] = False  # whether `hide` does anything
+    schedule: Schedule | None = None  # that of the patch, or one of the gate's own
     replaces_dropout: bool = False  # whether the model's attention-probability dropout is off while this gate is on
 
     def __init__(self, patch: Patch) -> None:
         super().__init__()
         self.patch = patch
+        self.schedule = patch.schedule  # type: ignore[assignment]
 
     def enabled(self) -> bool:
         """Whether the gate acts on this call."""

@@ -11,7 +11,7 @@ from torch import nn
 from .attaching import snapshot
 from .base import Gate, Patch
 from .finding import SEAMS, find_sites
-from .layers import ProjectionSite, Site
+from .layers import DropoutSite, ProjectionSite, Site
 from .patching import unwrap
 from .seams import gates
 from .sites import AttentionSite
@@ -81,6 +81,8 @@ def _reached(site: Site) -> str:
     """How a place is reached: by which attention backend, or where."""
     if isinstance(site, AttentionSite):
         return str(site.implementation) if site.kind == "interface" else f"own code ({site.kind})"
+    if isinstance(site, DropoutSite):
+        return f"{site.kind} ({site.how})"
     return f"{site.kind} ({site.point})" if isinstance(site, ProjectionSite) else ""
 
 
@@ -89,6 +91,8 @@ def _now(gate: Gate) -> str:
     if not rates:
         return "always on"
     rate = ", ".join(f"{rate:g}" for rate in rates)
+    if gate.patch.in_eval:
+        return f"{rate}, in evaluation too"
     return f"{rate} in training" if gate.training else f"off (eval); {rate} in training"
 
 
@@ -113,10 +117,11 @@ def _of_model(model: nn.Module) -> Description:
     used = {gate.patch.seam for gate in gates(inner)} | {"attention"}
     places = {name: find_sites(inner, name) for name in SEAMS if name in used}
     groups: dict[tuple[str, str], list[tuple[Any, Gate]]] = {}
-    for sites in places.values():
+    for seam, sites in places.items():
         for name, members in snapshot(inner, sites).items():
             for site, gate in members:
-                groups.setdefault((name, site.submodel), []).append((site, gate))
+                if gate.patch.seam == seam:
+                    groups.setdefault((name, site.submodel), []).append((site, gate))
     rows = []
     for (name, submodel), members in groups.items():
         site, gate = members[0]

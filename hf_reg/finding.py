@@ -40,6 +40,12 @@ def _uncovered_branches(model: nn.Module, sites: Any) -> dict[str, int]:
     return find_uncovered(model, [*find_attention(model), *sites])
 
 
+def _find_dropouts(model: nn.Module) -> Sequence[Site]:
+    from .dropout.finding import find_dropouts  # that package has `set_dropout`, which needs this module
+
+    return find_dropouts(model)
+
+
 SEAMS = {
     "attention": Kind(
         "attention module", "attention modules", find_attention, find_uncovered, "its token mixing has code of its own"
@@ -51,6 +57,7 @@ SEAMS = {
     "rank": Kind(
         "low-rank layer", "low-rank layers (LoRA adapters and others)", find_ranks, lambda model, sites: {}, ""
     ),
+    "dropout": Kind("dropout", "dropouts", _find_dropouts, _uncovered_branches, "its layers have code of their own"),
 }
 
 

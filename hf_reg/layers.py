@@ -9,7 +9,7 @@ from torch import nn
 from transformers.modeling_utils import PreTrainedModel
 
 
-__all__ = ["ProjectionSite", "Site", "layer_key", "layer_lists", "locate", "parent_of"]
+__all__ = ["DropoutSite", "ProjectionSite", "Site", "layer_key", "layer_lists", "locate", "parent_of"]
 
 
 @dataclass(frozen=True)
@@ -35,6 +35,20 @@ class ProjectionSite(Site):
     name: str  # with dots where a container lies between
     kind: str
     point: str  # "input" or "output"
+
+
+@dataclass(frozen=True)
+class DropoutSite(Site):
+    """One dropout that is there. `how` says how it drops: `"module"` (an `nn.Dropout` is called), `"interface"` (an
+    attention module hands the rate to its attention function), `"number"` (a forward hands it to a function), or
+    `"gate"` (of another patch). Outside of the layers (embeddings) it counts as of the first one."""
+
+    kind: str  # "attention", "hidden" or "ffn"
+    how: str
+    owner: nn.Module = field(repr=False)
+    attribute: str  # of `owner`: the rate
+    rate: float  # its own, without what is on it already
+    attention: Site | None = field(repr=False)  # of an "interface"
 
 
 def parent_of(model: nn.Module, path: str) -> tuple[nn.Module, str]:

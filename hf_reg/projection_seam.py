@@ -12,12 +12,13 @@ from typing import Any
 import torch
 from torch import nn
 
+from .base import Gate
 from .layers import ProjectionSite
 from .own_attention import SeamHook, disconnect
 from .seams import SEAM, Seam
 
 
-__all__ = ["ProjectionSeam", "connect_projection", "projection_key"]
+__all__ = ["ProjectionSeam", "connect_projection", "follow", "projection_key"]
 
 
 class ProjectionSeam(Seam):
@@ -26,6 +27,10 @@ class ProjectionSeam(Seam):
     def __init__(self, name: str, point: str) -> None:
         super().__init__()
         self.name, self.point = name, point
+
+    def awake(self) -> bool:
+        """Whether a gate may act on this call."""
+        return self.training or any(gate.patch.in_eval for gate in self.children() if isinstance(gate, Gate))
 
     def send(self, states: torch.Tensor) -> torch.Tensor:
         """`states` after every gate that is on."""
@@ -43,7 +48,7 @@ class _SendInput(SeamHook):
         self.owner = seam
 
     def __call__(self, module: nn.Module, args: tuple[Any, ...]) -> Any:
-        return (self.owner.send(args[0]), *args[1:]) if self.owner.training and args else None
+        return (self.owner.send(args[0]), *args[1:]) if args and self.owner.awake() else None
 
 
 class _SendOutput(SeamHook):
@@ -53,7 +58,7 @@ class _SendOutput(SeamHook):
         self.owner = seam
 
     def __call__(self, module: nn.Module, args: Any, output: Any) -> Any:
-        if not self.owner.training:
+        if not self.owner.awake():
             return None
         if isinstance(output, tuple):  # a mixture of experts may return the scores of its router as well
             return (self.owner.send(output[0]), *output[1:])
@@ -61,20 +66,20 @@ class _SendOutput(SeamHook):
 
 
 class _Follow(SeamHook):
-    """Forward pre-hook of the module that holds the projection: moves the hook when the projection was replaced."""
+    """Forward pre-hook of the module that holds `name`: moves `hook` when what stands there was replaced."""
 
-    def __init__(self, seam: ProjectionSeam, target: nn.Module) -> None:
-        self.owner, self.target = seam, target
+    def __init__(self, name: str, hook: SeamHook, target: nn.Module) -> None:
+        self.owner, self.name, self.hook, self.target = hook.owner, name, hook, target
 
     def __call__(self, module: nn.Module, args: Any) -> None:
-        current = held(module, self.owner.name)
+        current = held(module, self.name)
         if current is not None and current is not self.target:
             self.move(current)
 
     @torch.compiler.disable  # never reached in a compiled forward: wrapping a model comes before compiling it
     def move(self, current: nn.Module) -> None:
         disconnect(self.target, [self.owner])
-        _hook(current, self.owner)
+        _register(current, self.hook)
         self.target = current
 
 
@@ -86,11 +91,19 @@ def held(parent: nn.Module, name: str) -> nn.Module | None:
     return found
 
 
-def _hook(target: nn.Module, seam: ProjectionSeam) -> None:
-    if seam.point == "input":
-        target.register_forward_pre_hook(_SendInput(seam))
+def _register(target: nn.Module, hook: Any) -> None:
+    if isinstance(hook, _SendInput):
+        target.register_forward_pre_hook(hook)
     else:
-        target.register_forward_hook(_SendOutput(seam))
+        target.register_forward_hook(hook)
+
+
+def follow(parent: nn.Module, name: str, hook: SeamHook) -> None:
+    """Leave the forward hook `hook` on the child `name` of `parent`, and on what replaces that later."""
+    target = held(parent, name)
+    assert target is not None
+    _register(target, hook)
+    parent.register_forward_pre_hook(_Follow(name, hook, target))
 
 
 def projection_key(site: ProjectionSite) -> str:
@@ -104,7 +117,4 @@ def projection_key(site: ProjectionSite) -> str:
 
 def connect_projection(site: ProjectionSite, seam: ProjectionSeam) -> None:
     """Leave the hooks that send what passes `site` through `seam`."""
-    target = held(site.parent, site.name)
-    assert target is not None
-    _hook(target, seam)
-    site.parent.register_forward_pre_hook(_Follow(seam, target))
+    follow(site.parent, site.name, _SendInput(seam) if seam.point == "input" else _SendOutput(seam))

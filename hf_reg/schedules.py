@@ -16,8 +16,8 @@ from transformers import TrainerCallback
 
 
 __all__ = [
-    "SCHEDULES", "Schedule", "ScheduleCallback", "constant", "cosine", "exponential", "linear", "make_schedule",
-    "model_step", "on_plateau", "two_phase", "v_shape",
+    "SCHEDULES", "Schedule", "ScheduleCallback", "constant", "cosine", "curriculum", "exponential", "linear",
+    "make_schedule", "model_step", "on_plateau", "two_phase", "v_shape",
 ]  # fmt: skip
 
 
@@ -117,6 +117,23 @@ class exponential(Schedule):
 
 
 @dataclass(frozen=True)
+class curriculum(Schedule):
+    """`1 - exp(-gamma t)`: from 0 up, easy first (*Curriculum Dropout*, ICCV 2017, arXiv 1703.06229).
+
+    The paper gives the probability to keep a unit, (1 - q) exp(-gamma t) + q with q = 1 - p at the end; that to drop
+    it is p times this factor. `gamma = 10` for a whole run is the paper's 10 / T: it ends at 99.995 %.
+    """
+
+    gamma: float = 10.0
+
+    def __post_init__(self) -> None:
+        _not_negative(self, gamma=self.gamma)
+
+    def factor(self, progress: float, losses: Sequence[float]) -> float:
+        return 1 - math.exp(-self.gamma * progress)
+
+
+@dataclass(frozen=True)
 class v_shape(_Between):
     """Scheduled DropHead (arXiv 2004.13342): from `start` down to 0 in the warm-up, then up to `end`.
 
@@ -196,7 +213,7 @@ class on_plateau(Schedule):
 
 
 SCHEDULES: dict[str, type[Schedule]] = {
-    cls.__name__: cls for cls in (constant, linear, exponential, cosine, v_shape, two_phase, on_plateau)
+    cls.__name__: cls for cls in (constant, linear, exponential, cosine, curriculum, v_shape, two_phase, on_plateau)
 }
 
 
@@ -237,10 +254,9 @@ def model_step(model: nn.Module, step: int, total: int, losses: Sequence[float] 
     from .seams import gates
 
     for gate in gates(model):
-        schedule = gate.patch.schedule
-        if schedule is not None:
+        if gate.schedule is not None:
             for part in gate.rates():
-                part.factor = schedule(step, total, losses)  # type: ignore[operator]
+                part.factor = gate.schedule(step, total, losses)
 
 
 class ScheduleCallback(TrainerCallback):

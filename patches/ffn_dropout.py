@@ -34,6 +34,7 @@ class FfnDropout(Patch):
     seam: ClassVar[str] = "ffn"
     acts_on: ClassVar[str] = "an FFN"
     rate_field: ClassVar[str] = "p"
+    drops: ClassVar[str] = "ffn"
 
     p: float = 0.1
 

@@ -33,6 +33,7 @@ class ResidualDropout(Patch):
     seam: ClassVar[str] = "residual"
     acts_on: ClassVar[str] = "a branch of the chosen kind"
     rate_field: ClassVar[str] = "p"
+    drops: ClassVar[str] = "hidden"
     BRANCHES: ClassVar[tuple[str, ...]] = ("all", "attention", "ffn")
 
     p: float = 0.1

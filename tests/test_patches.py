@@ -23,6 +23,7 @@ NOT_APPLICABLE: set[tuple[str, ...]] = {
     ("mixtral", "visibility_respected", "ffn_dropout"),  # the order of the draws follows the routing
     ("mixtral", "visibility_respected", "nested_dropout"),
     *((model_type, "reloads_stock", "tensor_dropout") for model_type in ARCHITECTURES),  # adapters are saved apart
+    ("mixtral", "visibility_respected", "standout"),
 }  # fmt: skip
 
 

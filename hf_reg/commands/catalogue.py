@@ -62,6 +62,12 @@ CATALOGUE: dict[str, Entry] = {
         "Tensor Dropout for Robust Learning, IEEE JSTSP 2021, arXiv 1902.10758",
         'patch_model(get_peft_model(model, LoraConfig(target_modules="all-linear")), "tensor_dropout")',
     ),
+    "dynamic_dropout": Entry(
+        "p_t = p f(t), f the schedule: 1 - t / T, exp(-k t / T), 1 - exp(-10 t / T), by the validation losses, ...",
+        "Enhancing Transformer Training Efficiency with Dynamic Dropout, arXiv 2411.03236; Curriculum Dropout, ICCV "
+        "2017, arXiv 1703.06229",
+        'patch_model(model, "dynamic_dropout", p=0.1, schedule="curriculum")',
+    ),
     "orthonormality": Entry(
         "sum over matrices of ||M M^T - I||_F, over the short side of M",
         "SORSA, arXiv 2409.00055",

@@ -12,6 +12,7 @@ from transformers import PreTrainedConfig
 
 from ..base import check_range
 from ..patching import unwrap
+from ..seams import gates
 from .added import GATES, add, remove_added
 from .places import ACTIVATION, DROP, PLAIN, PROBABILITIES, Map, Place, under
 from .report import DropoutReport, DropoutRow
@@ -128,6 +129,12 @@ def set_dropout(
     if not rates:
         raise ValueError(f"set_dropout was given no rate. Give one of {', '.join(given)}, such as hidden=0.1.")
     inner = unwrap(model)
+    held = sorted({gate.patch.name for gate in gates(inner) if gate.patch.seam == "dropout"})
+    if held:
+        raise ValueError(
+            f"{', '.join(held)} holds the dropout of this model, and would not know of the new rates. Call "
+            f"set_dropout before patch_model, or unpatch_model(model, {held[0]!r}) first."
+        )
     map_ = Map(inner)
     added = {kind: map_.missing(kind) for kind in rates}
     loras, unused = _lora_layers(inner) if "lora" in rates else ([], {})
