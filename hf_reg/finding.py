@@ -12,6 +12,7 @@ from .ffn_sites import find_ffn, find_ffn_uncovered
 from .layers import Site
 from .residual_sites import find_branches
 from .sites import find_attention, find_uncovered
+from .weight_sites import find_weights, find_weights_uncovered
 
 
 __all__ = ["SEAMS", "Kind", "find_sites"]
@@ -42,6 +43,9 @@ SEAMS = {
     "attention": Kind("attention module", find_attention, find_uncovered, "its token mixing has code of its own"),
     "ffn": Kind("FFN", find_ffn, find_ffn_uncovered, "its FFNs have code of their own"),
     "residual": Kind("residual branch", find_branches, _uncovered_branches, "its layers have code of their own"),
+    "weights": Kind(
+        "linear layer of attention and FFN", find_weights, find_weights_uncovered, "its weights are not in plain layers"
+    ),
 }
 
 
