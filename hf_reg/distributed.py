@@ -14,7 +14,9 @@ from torch import nn
 from transformers import TrainingArguments
 
 
-__all__ = ["check_launch", "data_parallel", "named_whole_parameters", "seed_rank", "whole", "wrap_anew"]
+__all__ = [
+    "check_launch", "data_parallel", "named_whole_parameters", "seed_rank", "select_parameters", "whole", "wrap_anew",
+]  # fmt: skip
 
 ADAPTERS = ("*.lora_*", "*.sorsa_*", "*.modules_to_save.*", "*.ia3_*", "*.vera_*", "*.oft_*", "*.hada_*", "*.lokr_*")
 
@@ -40,22 +42,28 @@ def whole(parameter: torch.Tensor) -> torch.Tensor:
     return parameter
 
 
-def named_whole_parameters(model: nn.Module, scope: str | Sequence[str]) -> Iterator[tuple[str, torch.Tensor]]:
-    """The parameters of `model` in `scope` that take a gradient, gathered one at a time, in the same order everywhere.
-
-    Raises:
-        `ValueError`: if `scope` selects none.
-    """
+def select_parameters(model: nn.Module, scope: str | Sequence[str]) -> Iterator[tuple[str, nn.Parameter]]:
+    """The parameters of `model` in `scope` that take a gradient, as they are held here."""
     patterns: Sequence[str]
     if isinstance(scope, str):
         patterns = {"trainable": ("*",), "all": ("*",), "adapters": ADAPTERS}.get(scope, (scope,))
     else:
         patterns = scope
-    found = False
     for name, parameter in model.named_parameters():
         if parameter.requires_grad and any(fnmatchcase(name, pattern) for pattern in patterns):
-            found = True
-            yield name, whole(parameter)
+            yield name, parameter
+
+
+def named_whole_parameters(model: nn.Module, scope: str | Sequence[str]) -> Iterator[tuple[str, torch.Tensor]]:
+    """[`select_parameters`], gathered one at a time, in the same order everywhere.
+
+    Raises:
+        `ValueError`: if `scope` selects none.
+    """
+    found = False
+    for name, parameter in select_parameters(model, scope):
+        found = True
+        yield name, whole(parameter)
     if not found:
         raise ValueError(
             f"No trainable parameter of {type(model).__name__} is in the scope {scope!r}. Give 'trainable', "

@@ -43,9 +43,7 @@ SEAMS = {
     "attention": Kind("attention module", find_attention, find_uncovered, "its token mixing has code of its own"),
     "ffn": Kind("FFN", find_ffn, find_ffn_uncovered, "its FFNs have code of their own"),
     "residual": Kind("residual branch", find_branches, _uncovered_branches, "its layers have code of their own"),
-    "weights": Kind(
-        "linear layer of attention and FFN", find_weights, find_weights_uncovered, "its weights are not in plain layers"
-    ),
+    "weights": Kind("linear layer", find_weights, find_weights_uncovered, "its weights are not in plain layers"),
 }
 
 

@@ -152,7 +152,7 @@ def _refuse_replacing(model: nn.Module, patches: Sequence[Patch]) -> None:
     """Patches that put parameters in place of others, where these are held already, or two of them at once."""
     if len(patches) > 1:
         raise ValueError(
-            f"{' and '.join(one.name for one in patches)} both train other tensors in place of the weights: choose one."
+            f"{' and '.join(one.name for one in patches)} both train other tensors in place of weights: choose one."
         )
     for module in model.modules() if patches else ():
         if isinstance(module, (DistributedDataParallel, FullyShardedDataParallel)):

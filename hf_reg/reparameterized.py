@@ -117,12 +117,13 @@ class Reparameterized(nn.Module):
 
 
 @cache
-def _layer_class(kind: type[Reparameterized], base: type[nn.Module]) -> type[Reparameterized]:
+def _layer_class(kind: Any, base: Any) -> type[Reparameterized]:
+    """A subclass of `base`, a class of linear layers, by its name."""
     return type(base.__name__, (kind, base), {"__module__": base.__module__})
 
 
 def _blank(kind: type[Reparameterized], base: type[nn.Module]) -> Reparameterized:
-    cls = _layer_class(kind, base)
+    cls = _layer_class(kind, base)  # type: ignore[arg-type]
     return cls.__new__(cls)
 
 
@@ -130,7 +131,7 @@ def reparameterize(layer: nn.Module, kind: type[Reparameterized], source: Source
     """Turn a linear layer, in place, into one of `kind` that trains the parameters among `start`."""
     rest = {name: parameter for name, parameter in layer._parameters.items() if name != "weight"}
     layer._parameters.clear()
-    layer.__class__ = _layer_class(kind, type(layer))  # type: ignore[assignment]
+    layer.__class__ = _layer_class(kind, type(layer))  # type: ignore[arg-type]
     for name, tensor in start.items():
         if isinstance(tensor, nn.Parameter):
             layer.register_parameter(name, tensor)
@@ -155,7 +156,7 @@ def make_dense(layer: Reparameterized) -> Start:
         layer._non_persistent_buffers_set.discard(name)
     for name in layer.PARTS:
         del layer._modules[name]
-    layer.__class__ = type(layer).__bases__[1]  # type: ignore[assignment]
+    layer.__class__ = type(layer).__bases__[1]
     layer._parameters.update({"weight": weight, **rest})
     del layer.source
     return start

@@ -26,16 +26,16 @@ from .training.finite import FiniteTerms, not_finite
 from .training.fused_step import FusedStep
 from .training.loss_scale import penalty_factor
 from .training.penalty_terms import PenaltyTerms
-from .training.saving import SavingMixin
 from .training.task_loss import TaskLoss
 from .training.teacher_cache import make_teacher_cache
 from .training.terms import Terms, gradient_shares
+from .training.weights import WeightsMixin
 
 
 __all__ = ["RegularizedTrainer", "RegularizerMixin"]
 
 
-class RegularizerMixin(SavingMixin):
+class RegularizerMixin(WeightsMixin):
     """Penalties and patches for any `Trainer`: put it before the trainer in a class of your own.
 
     ```python
@@ -80,6 +80,7 @@ class RegularizerMixin(SavingMixin):
         self._forwards_again = False  # whether penalties need a forward of their own
         super().__init__(*args, **kwargs)
         check_launch(self.args, self.accelerator)
+        self._attach_patches()
         bare, self._own_penalties = self.bare_model, list(chosen)
         chosen += adapter_losses(bare, self.args.learning_rate, chosen)
         self._penalties = PenaltyTerms(chosen, bare, teacher, make_teacher_cache(self.args, chosen, self.accelerator))
@@ -88,8 +89,6 @@ class RegularizerMixin(SavingMixin):
         self._fused = FusedStep(self)
         self._task = TaskLoss(self.accelerator, getattr(self.args, "average_loss_over", "items"))
         self._plain_loss = super().compute_loss.__func__ is Trainer.compute_loss
-        if self._patches:
-            patch_model(self.model, self._patches)
         note_training(bare, self._own_penalties, self.args.seed)
         if not any(isinstance(callback, ScheduleCallback) for callback in self.callback_handler.callbacks):
             self.add_callback(ScheduleCallback())
@@ -108,10 +107,12 @@ class RegularizerMixin(SavingMixin):
 
     def call_model_init(self, trial: Any = None) -> nn.Module:
         model = super().call_model_init(trial)
+        if self._patches:
+            patch_model(model, self._patches)
         if hasattr(self, "_penalties"):  # a further trial of a hyper-parameter search
             self._penalties.prepare(model)
             self._fused.forget()
-        return patch_model(model, self._patches) if self._patches else model
+        return model
 
     def _set_signature_columns_if_needed(self) -> None:
         super()._set_signature_columns_if_needed()

@@ -60,11 +60,11 @@ class WeightPatch(Patch):
             raise ValueError(f"{where} computes its weight already (a weight norm?). Remove that first.")
         if not weight.is_floating_point():
             raise ValueError(
-                f"{where} is quantised ({type(layer).__name__}, {weight.dtype}). Load the model in float32 or bfloat16."
+                f"{where} is quantised ({type(layer).__name__}, {weight.dtype}). Load the model unquantised."
             )
         if weight.is_meta or weight.numel() == 0 or hasattr(weight, "full_tensor"):
             raise ValueError(
-                f"{where} holds a shard or a placeholder ({type(weight).__name__} on {weight.device}), not its weight. "
+                f"{where} holds a shard or a placeholder ({type(weight).__name__} on {weight.device}), no weight. "
                 "Patch before FSDP2 or ZeRO-3 shards, and with all weights loaded; train with DDP or ZeRO-1 / 2."
             )
         if not torch.isfinite(weight).all():
@@ -95,10 +95,10 @@ class WeightGate(Gate):
         super().__init__(patch)
         layer, self.path = site.module, site.path
         self.held = (layer,)  # in a tuple, or it would be a child
-        weight = layer.weight.detach()
+        weight: Any = layer.weight
         with torch.no_grad():
-            self.start: Start | None = patch.initial(layer, weight)
-        now = layer.own().values() if isinstance(layer, Reparameterized) else [layer.weight]
+            self.start: Start | None = patch.initial(layer, weight.detach())
+        now = layer.own().values() if isinstance(layer, Reparameterized) else [weight]
         trained = any(tensor.requires_grad for tensor in now)
         for tensor in self.start.values():
             if isinstance(tensor, nn.Parameter):
@@ -109,7 +109,7 @@ class WeightGate(Gate):
         if again:  # put back by `patched`: the same parameters, for an optimizer may know them
             self.start = self._left
         assert self.start is not None
-        weight = layer.weight.detach()  # type: ignore[operator,union-attr]
+        weight = layer.weight.detach()  # type: ignore[operator]
         reparameterize(layer, self.patch.layer_kind, self.patch, self.start)
         self.held, self.start = (layer,), None
         if again:

@@ -1,4 +1,4 @@
-"""Where the weights of a transformer are: the linear layers of its attention and its FFNs, found without running it."""
+"""Where the weights of a transformer are: the linear layers of attention and FFN, found without running it."""
 
 from __future__ import annotations
 

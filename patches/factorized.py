@@ -62,7 +62,7 @@ class Factorized(WeightPatch):
     def __post_init__(self) -> None:
         if isinstance(self.rank, int) and not isinstance(self.rank, bool):
             if self.rank < 1:
-                raise ValueError(f"{self.name}: rank={self.rank} components; give at least 1, or a share such as 0.25.")
+                raise ValueError(f"{self.name}: rank={self.rank}; give at least 1, or a share such as 0.25.")
         else:
             check_range(self.name, "rank", self.rank, 0, 1, closed=True)
             if self.rank == 0:
@@ -106,7 +106,7 @@ class FactorizedGate(WeightGate):
     def __init__(self, patch: Factorized, site: WeightSite) -> None:
         super().__init__(patch, site)
         assert self.start is not None
-        matrix = matrix_of(site.module, site.module.weight.detach()).float()  # type: ignore[operator,union-attr]
+        matrix = matrix_of(site.module, site.module.weight.detach()).float()  # type: ignore[operator]
         with torch.no_grad():
             rest = matrix - self.start["weight_u"].float() @ self.start["weight_v"].float()
         self.rank = len(self.start["weight_v"])

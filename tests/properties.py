@@ -102,7 +102,6 @@ class Case:
         self.model.zero_grad()
         return found
 
-
     def identical(self, a: list[Tensor], b: list[Tensor]) -> bool:
         """Equal to the bit, or as near as the patch declares that its start is to the model."""
         return same(a, b) if self.tolerance == 0 else distance(a, b) <= self.tolerance
