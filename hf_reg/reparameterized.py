@@ -103,6 +103,7 @@ class Reparameterized(nn.Module):
             )
             parameters |= self._parameters
         finally:
+            self._parameters.clear()  # so that they come back in their order, by which optimizers know them
             self._parameters.update(parameters)
         unexpected_keys += [name for name in unexpected if name != key]
         if given is None:

@@ -13,12 +13,15 @@ import torch
 from rich.console import Console
 from rich.table import Table
 
-from . import balora, drophead, rpo, sorsa, svd, tlm, trainer
+from . import balora, drophead, factorized, rpo, sorsa, svd, tlm, trainer
 from .timing import Row
 
 
 RESULTS = Path(__file__).with_name("results.md")
-SECTIONS = {module.__name__.rpartition(".")[2]: module for module in (tlm, drophead, trainer, svd, sorsa, balora, rpo)}
+SECTIONS = {
+    module.__name__.rpartition(".")[2]: module
+    for module in (tlm, drophead, factorized, trainer, svd, sorsa, balora, rpo)
+}
 COLUMNS = ("section", "case", "ours", "peer", "ratio", "quartiles", "target", "met")
 
 
