@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import math
 from dataclasses import dataclass
-from typing import ClassVar
+from typing import Any, ClassVar
 
 import torch
 from torch import nn
@@ -23,6 +23,21 @@ def compand(v: torch.Tensor, a: torch.Tensor, b: torch.Tensor) -> torch.Tensor:
     return a * torch.atan(v / b)
 
 
+class _Compand(torch.autograd.Function):
+    """[`compand`] plus an offset, with fixed a and b: keeps v alone for the backward pass, and makes fewer copies."""
+
+    @staticmethod
+    def forward(ctx: Any, v: torch.Tensor, a: torch.Tensor, b: torch.Tensor, offset: torch.Tensor) -> torch.Tensor:
+        ctx.save_for_backward(v, a, b)
+        return (v / b).atan_().mul_(a).add_(offset)
+
+    @staticmethod
+    def backward(ctx: Any, *gradients: torch.Tensor) -> tuple[torch.Tensor, None, None, None]:
+        v, a, b = ctx.saved_tensors
+        x = v / b
+        return torch.addcmul(torch.ones_like(a), x, x).reciprocal_().mul_(gradients[0]).mul_(a / b), None, None, None
+
+
 class CompandedLayer(Reparameterized):
     """A linear layer whose weight is computed from `weight_v`; its forward is the stock one."""
 
@@ -34,8 +49,9 @@ class CompandedLayer(Reparameterized):
     def dense(self) -> torch.Tensor:
         a, b, v = self.weight_a, self.weight_b, self.weight_v
         scales = self._parameters.get("weight_scales")
-        if scales is not None:
-            a, b = a * scales[0].exp(), b * scales[1].exp()
+        if scales is None:
+            return _Compand.apply(v.to(a.dtype), a, b, self.weight_offset).to(v.dtype)
+        a, b = a * scales[0].exp(), b * scales[1].exp()
         return (compand(v.to(a.dtype), a, b) + self.weight_offset).to(v.dtype)
 
 
@@ -58,7 +74,7 @@ class WeightCompander(WeightPatch):
     after patching (`RegularizedTrainer` does). `state_dict()`, `save_pretrained` and `unpatch_model` give stock
     layers with the *trained* weights; a loaded weight chooses a and b anew, and a resumed trainer gets v, a and b back
     exactly. FSDP and ZeRO-3 are refused, adapters on a patched layer too. Every forward computes the arctangent
-    anew: unpatch a model before serving it. Memory: half a weight for the constant, another for the backward pass.
+    anew: unpatch a model before serving it. Memory: half a weight for the constant, a whole one for the backward pass.
 
     Args:
         headroom (`float`, *optional*, defaults to 2.0): the bound on a layer's weights, in units of its largest one at

@@ -1,4 +1,4 @@
-"""Layers that train other tensors than their weight: what is found and refused, resumed runs, optimizers, compiling."""
+"""Layers that train other tensors than their weight: what is found, what is refused, resumed runs."""
 
 from __future__ import annotations
 

@@ -45,8 +45,8 @@ class FrobeniusDecay(Penalty):
 
     From *Initialization and Regularization of Factorized Neural Layers* (arXiv 2105.01029). Switch weight decay off
     for the factors: the authors' training script leaves both on, a bug; for kind `"factorized"` `RegularizedTrainer`
-    does it. Biases and the 1 / sqrt(d) of attention do not enter. A pair counts if both factors are in scope and take a
-    gradient.
+    does it. Biases and the 1 / sqrt(d) of attention do not enter. A pair counts if both factors are in scope and take
+    a gradient.
 
     Args:
         kind (`str` or sequence of `str`, *optional*, defaults to `"lora"`):

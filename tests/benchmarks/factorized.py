@@ -45,7 +45,9 @@ def run(rounds: int) -> list[Row]:
         middle, spread = ratio(times, f"rank {rank}", "dense")
         case = "FFN 384 - 1536 - 384, forward and backward, 2048 tokens"
         rows.append(Row("factorized", case, f"rank {rank}", "dense", middle, target, spread=spread))
-    models = {"unpatched": minilm()} | {f"rank {rank}": patch_model(minilm(), "factorized", rank=rank) for rank in MODEL}
+    models = {"unpatched": minilm()} | {
+        f"rank {rank}": patch_model(minilm(), "factorized", rank=rank) for rank in MODEL
+    }
     models |= {"weight_compander": patch_model(minilm(), "weight_compander")}
     steps = {name: step(model, 16, 128) for name, model in models.items()}
     times = interleave(steps, rounds, "factorized step 16 x 128")

@@ -35,6 +35,8 @@ if __name__ == "__main__":
         except ValueError as error:
             (folder / f"refused-{rank}").write_text(str(error))
     else:
-        results = {(patch, accumulation): found(patch, 2, accumulation) for patch in PATCHES for accumulation in (1, 2)}
+        results = {
+            (patch, accumulation): found(patch, 2, accumulation) for patch in PATCHES for accumulation in (1, 2)
+        }
         if rank == 0:
             torch.save(results, folder / "gradients.pt")
