@@ -31,7 +31,8 @@ class Factorized(WeightPatch):
 
     This changes the model, in evaluation too: what is cut away, ||W - U V^T||_F / ||W||_F, is in `describe` for each
     layer. Expect to need training; ranks between a quarter and a half are what the speed is for. Below
-    out * in / (out + in) a product costs less than the weight; above it patching warns.
+    out * in / (out + in) a product costs less than the weight; above it patching warns. MiniLM's whole step takes 0.54
+    of its time at rank 0.25, and 0.84 at 0.5 (FFN alone: 0.38 and 0.66).
 
     Weight decay on U and V is a nuclear norm on the product, and a bug of the authors' script leaves it on beside
     Frobenius decay: take `penalties={"frobenius_decay": {"weight": ..., "kind": "factorized"}}`, for which

@@ -17,6 +17,7 @@ from .steps import minilm, step
 from .timing import Row, interleave, memory_rows, ratio
 
 
+NAMES = {0.25: "factorized", 0.5: "factorized, rank 0.5", 0.125: "factorized, rank 0.125"}
 FFN = {0.5: 0.9, 0.25: 0.6, 0.125: 0.45}  # target of a step of the FFN alone, by rank
 MODEL = {0.5: 1.05, 0.25: 0.85}  # and of the whole model
 
@@ -39,19 +40,17 @@ def ffn_step(rank: float | None, tokens: int = 2048) -> Callable[[], Any]:
 
 def run(rounds: int) -> list[Row]:
     rows = []
-    steps = {"dense": ffn_step(None)} | {f"rank {rank}": ffn_step(rank) for rank in FFN}
+    steps = {"dense": ffn_step(None)} | {NAMES[rank]: ffn_step(rank) for rank in FFN}
     times = interleave(steps, rounds, "factorized FFN")
     for rank, target in FFN.items():
-        middle, spread = ratio(times, f"rank {rank}", "dense")
+        middle, spread = ratio(times, NAMES[rank], "dense")
         case = "FFN 384 - 1536 - 384, forward and backward, 2048 tokens"
-        rows.append(Row("factorized", case, f"rank {rank}", "dense", middle, target, spread=spread))
-    models = {"unpatched": minilm()} | {
-        f"rank {rank}": patch_model(minilm(), "factorized", rank=rank) for rank in MODEL
-    }
+        rows.append(Row("factorized", case, NAMES[rank], "dense", middle, target, spread=spread))
+    models = {"unpatched": minilm()} | {NAMES[rank]: patch_model(minilm(), "factorized", rank=rank) for rank in MODEL}
     models |= {"weight_compander": patch_model(minilm(), "weight_compander")}
     steps = {name: step(model, 16, 128) for name, model in models.items()}
     times = interleave(steps, rounds, "factorized step 16 x 128")
-    targets = {f"rank {rank}": target for rank, target in MODEL.items()}
+    targets = {NAMES[rank]: target for rank, target in MODEL.items()}
     for name, target in (targets | {"weight_compander": 1.03}).items():
         section = "factorized" if name in targets else "weight_compander"
         middle, spread = ratio(times, name, "unpatched")
