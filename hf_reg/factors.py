@@ -36,7 +36,7 @@ class FactorizedLayer(Reparameterized):
     def dense(self) -> torch.Tensor:
         u, v = self.weight_u, self.weight_v
         wide = torch.promote_types(u.dtype, torch.float32)
-        with torch.autocast(u.device.type, enabled=False):
+        with torch.autocast("cpu" if u.is_meta else u.device.type, enabled=False):
             product = (u.to(wide) @ v.to(wide)).to(u.dtype)
         return product.mT if isinstance(self, Conv1D) else product
 
@@ -56,6 +56,9 @@ def factorize(matrix: torch.Tensor, rank: int) -> Start:
         matrix (`torch.Tensor` of shape `(out, in)`): computed in fp32, whatever its dtype.
         rank (`int`): 1 to min(out, in).
     """
+    if matrix.is_meta:  # a model without weights, to look at
+        shapes = {"weight_u": (matrix.shape[0], rank), "weight_v": (rank, matrix.shape[1])}
+        return {name: nn.Parameter(matrix.new_empty(shape)) for name, shape in shapes.items()}
     from .adapters.svd import decompose  # which imports PEFT
 
     found = decompose(matrix, rank, tolerance=1e-9)  # the principal subspace itself, not one of almost its energy

@@ -60,6 +60,8 @@ class Reparameterized(nn.Module):
     def take(self, weight: torch.Tensor) -> None:
         """Make the tensors anew from a dense weight; one that they make already changes nothing."""
         tensor = next(iter(self.own().values()))
+        if tensor.is_meta:
+            raise ValueError("A weight is loaded into a layer that was patched while empty. Patch after loading.")
         weight = weight.detach().to(tensor.device, tensor.dtype)
         with torch.no_grad():
             if not torch.equal(self.dense(), weight):

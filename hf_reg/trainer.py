@@ -80,10 +80,10 @@ class RegularizerMixin(WeightsMixin):
         self._forwards_again = False  # whether penalties need a forward of their own
         super().__init__(*args, **kwargs)
         check_launch(self.args, self.accelerator)
-        self._attach_patches()
         bare, self._own_penalties = self.bare_model, list(chosen)
         chosen += adapter_losses(bare, self.args.learning_rate, chosen)
         self._penalties = PenaltyTerms(chosen, bare, teacher, make_teacher_cache(self.args, chosen, self.accelerator))
+        self._attach_patches()
         if "example_ids" in self._penalties.needs and self.train_dataset is not None:
             self._penalties.dataset = self.train_dataset = with_example_ids(self.train_dataset)
         self._fused = FusedStep(self)

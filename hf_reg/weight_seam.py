@@ -62,12 +62,13 @@ class WeightPatch(Patch):
             raise ValueError(
                 f"{where} is quantised ({type(layer).__name__}, {weight.dtype}). Load the model unquantised."
             )
-        if weight.is_meta or weight.numel() == 0 or hasattr(weight, "full_tensor"):
+        empty = weight.is_meta and all(parameter.is_meta for parameter in model.parameters())  # only to look at
+        if (weight.is_meta and not empty) or weight.numel() == 0 or hasattr(weight, "full_tensor"):
             raise ValueError(
                 f"{where} holds a shard or a placeholder ({type(weight).__name__} on {weight.device}), no weight. "
                 "Patch before FSDP2 or ZeRO-3 shards, and with all weights loaded; train with DDP or ZeRO-1 / 2."
             )
-        if not torch.isfinite(weight).all():
+        if not empty and not torch.isfinite(weight).all():
             raise ValueError(f"{where} has weights that are not finite. Load the checkpoint again.")
         own = layer._parameters.get("weight")
         holders = [m for m in model.modules() if own is not None and any(own is p for p in m._parameters.values())]

@@ -111,7 +111,7 @@ class FactorizedGate(WeightGate):
         with torch.no_grad():
             rest = matrix - self.start["weight_u"].float() @ self.start["weight_v"].float()
         self.rank = len(self.start["weight_v"])
-        self.lost = (rest.norm() / matrix.norm().clamp(min=1e-30)).item()
+        self.lost = None if rest.is_meta else (rest.norm() / matrix.norm().clamp(min=1e-30)).item()
 
     def notes(self) -> str:
-        return f"{self.path} rank {self.rank}, cut {self.lost:.2g}"
+        return "" if self.lost is None else f"{self.path} rank {self.rank}, cut {self.lost:.2g}"

@@ -107,7 +107,7 @@ class WeightCompander(WeightPatch):
     def initial(self, layer: nn.Module, weight: torch.Tensor) -> Start:
         wide = weight.to(torch.promote_types(weight.dtype, torch.float32))
         largest = wide.abs().max()
-        if not torch.isfinite(largest):
+        if not wide.is_meta and not torch.isfinite(largest):
             raise ValueError(f"{self.name}: a weight of shape {tuple(weight.shape)} has entries that are not finite.")
         bound = torch.where(largest > 0, largest, torch.ones_like(largest)) * self.headroom
         a = bound * 2 / math.pi
@@ -115,7 +115,7 @@ class WeightCompander(WeightPatch):
         v = (b * torch.tan(wide / a)).to(weight.dtype)
         found = compand(v.to(wide.dtype), a, b)
         offset = (wide - found).to(torch.bfloat16)  # a few units in the last place: it holds them in half the memory
-        if not torch.equal((found + offset).to(weight.dtype), weight):
+        if not wide.is_meta and not torch.equal((found + offset).to(weight.dtype), weight):
             offset = wide - found
         start = {"weight_v": nn.Parameter(v), "weight_offset": offset, "weight_a": a, "weight_b": b}
         return start | ({"weight_scales": nn.Parameter(torch.zeros_like(a).repeat(2))} if self.learned else {})
@@ -129,6 +129,6 @@ class CompanderGate(WeightGate):
 
     def notes(self) -> str:
         layer = self.held[0]
-        if not isinstance(layer, CompandedLayer):
+        if not isinstance(layer, CompandedLayer) or layer.weight_a.is_meta:
             return ""
         return f"{self.path} |w| < {layer.weight_a.item() * math.pi / 2:.3g}"

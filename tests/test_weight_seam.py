@@ -239,3 +239,15 @@ def test_the_card_of_a_saved_model_names_the_patch(tmp_path: Path) -> None:
         "factorized": {"rank": 0.5, "branch": "all", "layers": "all", "submodel": "all", "schedule": None}
     }
     assert not any(isinstance(module, Reparameterized) for module in make("classes/bert").modules())
+
+
+def test_an_empty_model_is_counted_but_takes_no_weights() -> None:
+    full = build("bert").model
+    for patch in PATCHES:
+        with torch.device("meta"):
+            empty = type(full)(full.config)
+        patch_model(empty, patch)
+        row = describe(empty).rows[0]  # type: ignore[attr-defined]
+        assert (row.patched, row.found, row.notes) == (12, 12, "")
+        with pytest.raises(ValueError, match="patched while empty. Patch after loading"):
+            empty.load_state_dict(full.state_dict(), assign=True)

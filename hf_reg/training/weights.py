@@ -29,21 +29,26 @@ class WeightsMixin(SavingMixin):
     """Checkpoints of a run hold the trained tensors too, since a dense weight does not give them back exactly; a
     resumed run gets them, or is refused. Penalties say which parameters weight decay leaves alone."""
 
+    model: Any
     _patches: Any
     _penalties: Any
 
     def _attach_patches(self) -> None:
-        if self._patches:
-            patch_model(self.model, self._patches)
-        layer = next(named_layers(self.bare_model), None)
+        """Once the penalties are ready, which may refuse; they begin anew from the parameters that are trained."""
+        layer = next((f"at {path}" for path, _ in named_layers(self.bare_model)), None)
+        replacing = [patch.name for patch in self._patches or () if patch.replaces_parameters]
         plugin = getattr(self.accelerator.state, "deepspeed_plugin", None)
         zero3 = self.is_deepspeed_enabled and getattr(plugin, "zero_stage", 0) == 3
-        if layer is not None and (self.is_fsdp_enabled or zero3):
+        if (replacing or layer) and (self.is_fsdp_enabled or zero3):
             raise ValueError(
-                f"{getattr(layer[1].source, 'name', 'a patch')} trains other tensors in place of the weights "
-                f"({layer[0]}), which {'ZeRO-3' if zero3 else 'FSDP'} would shard and save as they are. Use DDP or "
-                "ZeRO-1 / 2, or leave the patch out."
+                f"{', '.join(replacing) or f'The patch {layer}'} trains other tensors in place of the weights, which "
+                f"{'ZeRO-3' if zero3 else 'FSDP'} would shard and save as they are. Use DDP or ZeRO-1 / 2, or leave "
+                "the patch out."
             )
+        if self._patches:
+            patch_model(self.model, self._patches)
+        if replacing:
+            self._penalties.prepare(self.bare_model)
 
     def get_decay_parameter_names(self, model: nn.Module) -> list[str]:
         spared = {name for penalty in self._penalties.penalties for name in penalty.undecayed(self.bare_model)}
