@@ -17,6 +17,8 @@ from .own_attention import connect, disconnect
 from .projection_seam import ProjectionSeam, connect_projection, projection_key
 from .seams import SEAM, AttentionSeam, Seam, install, seams
 from .sites import AttentionSite
+from .weight_seam import WeightSeam, connect_weight
+from .weight_sites import WeightSite
 
 
 __all__ = ["attach", "carrier", "check_ran", "detach", "forget_compiled", "restore", "seam_at", "snapshot"]
@@ -46,7 +48,11 @@ def _make_seam(site: Site) -> Seam:
         return _make_seam(site.attention)
     module, key = carrier(site)
     seam: Seam
-    if isinstance(site, ProjectionSite):
+    if isinstance(site, WeightSite):
+        seam = WeightSeam()
+        module.add_module(key, seam)
+        connect_weight(site, seam)
+    elif isinstance(site, ProjectionSite):
         seam = ProjectionSeam(site.name, site.point)
         module.add_module(key, seam)
         connect_projection(site, seam)
@@ -86,7 +92,7 @@ def detach(model: nn.Module, name: str | None, keep: Collection[tuple[nn.Module,
             gate.detach(model)  # type: ignore[union-attr,operator]
         removed += taken
         if not seam._modules and (module, key) not in keep:
-            removed.append(module._modules.pop(key))
+            removed.append(module._modules.pop(key, seam))  # gone already, if it stood inside of a patched layer
             if isinstance(seam, AttentionSeam):
                 disconnect(module)
     if removed:

@@ -3,7 +3,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Collection, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field, fields
 from typing import TYPE_CHECKING, Any, ClassVar
 
@@ -44,6 +44,9 @@ class Patch:
     rate_field: ClassVar[str | None] = None  # the setting that the schedule multiplies
     drops: ClassVar[str] = ""  # the kind of dropout that it is, "hidden" or "ffn", for `dynamic_dropout`
     in_eval: ClassVar[bool] = False  # True only for deterministic interventions such as `head_mask`
+    replaces_parameters: ClassVar[bool] = False  # so wrappers and optimizers have to be made after patching
+    trial: ClassVar[Mapping[str, Any]] = {}  # settings with which the test matrix tries a patch without a rate
+    tolerance: ClassVar[float] = 0.0  # relative: how far the matrix lets its start be from the model; 0: not one bit
 
     layers: str | int | Sequence[int] = field(default="all", kw_only=True)
     submodel: str | Sequence[str] = field(default="all", kw_only=True)
@@ -82,6 +85,10 @@ class Patch:
 
     def check(self, model: nn.Module, site: Any) -> None:
         """Raise `ValueError` when the method cannot work at `site`; called for every site before anything changes."""
+
+    def warning(self, sites: Sequence[Any]) -> str:
+        """What the user should know before the patch is attached to `sites`, or ""."""
+        return ""
 
     def gate(self, site: Any) -> Gate:
         """The live part for `site`."""
@@ -273,6 +280,10 @@ class Penalty:
 
     def prepare(self, model: nn.Module) -> None:
         """Called once, with the unwrapped model as it is before the first step: the place to remember an anchor."""
+
+    def undecayed(self, model: nn.Module) -> Collection[str]:
+        """Names of parameters that a trainer leaves out of weight decay, which this penalty stands in for."""
+        return ()
 
     def strength(self, step: int, total: int, losses: Sequence[float] = ()) -> float:
         """The weight in force at `step` of `total`."""

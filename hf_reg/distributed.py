@@ -17,7 +17,7 @@ from transformers import TrainingArguments
 
 __all__ = [
     "GATHER", "check_launch", "data_parallel", "ddp_explained", "loading_whole", "named_scoped_parameters",
-    "named_whole_parameters", "seed_rank", "whole", "wrap_anew",
+    "named_whole_parameters", "seed_rank", "select_parameters", "whole", "wrap_anew",
 ]  # fmt: skip
 
 GATHER = (
@@ -48,22 +48,28 @@ def whole(parameter: torch.Tensor) -> torch.Tensor:
     return parameter
 
 
-def named_scoped_parameters(model: nn.Module, scope: str | Sequence[str]) -> Iterator[tuple[str, nn.Parameter]]:
-    """The parameters of `model` in `scope` that take a gradient, as they are.
-
-    Raises:
-        `ValueError`: if `scope` selects none.
-    """
+def select_parameters(model: nn.Module, scope: str | Sequence[str]) -> Iterator[tuple[str, nn.Parameter]]:
+    """The parameters of `model` in `scope` that take a gradient, as they are held here."""
     patterns: Sequence[str]
     if isinstance(scope, str):
         patterns = {"trainable": ("*",), "all": ("*",), "adapters": ADAPTERS}.get(scope, (scope,))
     else:
         patterns = scope
-    found = False
     for name, parameter in model.named_parameters():
         if parameter.requires_grad and any(fnmatchcase(name, pattern) for pattern in patterns):
-            found = True
             yield name, parameter
+
+
+def named_scoped_parameters(model: nn.Module, scope: str | Sequence[str]) -> Iterator[tuple[str, nn.Parameter]]:
+    """[`select_parameters`], of which there has to be one.
+
+    Raises:
+        `ValueError`: if `scope` selects none.
+    """
+    found = False
+    for name, parameter in select_parameters(model, scope):
+        found = True
+        yield name, parameter
     if not found:
         raise ValueError(
             f"No trainable parameter of {type(model).__name__} is in the scope {scope!r}. Give 'trainable', "

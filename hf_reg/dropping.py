@@ -11,7 +11,7 @@ from typing import Any
 import torch
 
 
-__all__ = ["drop_units"]
+__all__ = ["drop_units", "stay"]
 
 LEVELS = 65536  # 16 bits a unit: a rate is met to 8e-6, and the mean exactly, since what is met is what is scaled by
 
@@ -31,6 +31,20 @@ class _Masked(torch.autograd.Function):
         return keep.to(grads[0].dtype).mul_(ctx.scale).mul_(grads[0]), None, None
 
 
+def _bits(shape: torch.Size) -> torch.Tensor:
+    """Uniform int16, four from each draw."""
+    bits = torch.empty((shape.numel() + 3) // 4, dtype=torch.int64).random_(-(2**63), None)
+    return bits.view(torch.int16)[: shape.numel()].view(shape)
+
+
+def stay(keep: torch.Tensor) -> torch.Tensor:
+    """1 with probability `keep`, a tensor of any shape, and else 0; in its dtype."""
+    if keep.device.type != "cpu" or torch.compiler.is_compiling():
+        return (torch.rand(keep.shape, device=keep.device) < keep).to(keep.dtype)
+    levels = keep.float().mul(LEVELS).sub_(LEVELS // 2)  # a new tensor, also where `keep` is fp32 itself
+    return torch.lt(_bits(keep.shape).float(), levels, out=levels).to(keep.dtype)
+
+
 def drop_units(states: torch.Tensor, rate: float) -> torch.Tensor:
     """Dropout: each unit is 0 with probability `rate`, and otherwise divided by the probability to stay.
 
@@ -44,8 +58,6 @@ def drop_units(states: torch.Tensor, rate: float) -> torch.Tensor:
     level = round(rate * LEVELS)
     if states.device.type != "cpu" or level == LEVELS:
         return torch.nn.functional.dropout(states, rate)
-    units = states.numel()
-    bits = torch.empty((units + 3) // 4, dtype=torch.int64).random_(-(2**63), None)
     keep = torch.empty(states.shape, dtype=torch.uint8)
-    torch.ge(bits.view(torch.int16)[:units].view(states.shape), level - LEVELS // 2, out=keep)
+    torch.ge(_bits(states.shape), level - LEVELS // 2, out=keep)
     return _Masked.apply(states, keep, LEVELS / (LEVELS - level))

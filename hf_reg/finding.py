@@ -13,6 +13,7 @@ from .layers import Site
 from .rank_sites import find_ranks
 from .residual_sites import find_branches
 from .sites import find_attention, find_uncovered
+from .weight_sites import find_weights, find_weights_uncovered
 
 
 __all__ = ["SEAMS", "Kind", "find_sites"]
@@ -58,6 +59,9 @@ SEAMS = {
         "low-rank layer", "low-rank layers (LoRA adapters and others)", find_ranks, lambda model, sites: {}, ""
     ),
     "dropout": Kind("dropout", "dropouts", _find_dropouts, _uncovered_branches, "its layers have code of their own"),
+    "weights": Kind(
+        "linear layer", "linear layers", find_weights, find_weights_uncovered, "its weights are not in plain layers"
+    ),
 }
 
 

@@ -129,6 +129,7 @@ def patch_model(model: Model, patch: str | Patch | Sequence[str | Patch], **sett
         raise ValueError(f"The same patch twice: {', '.join(names)}. Name each once.")
 
     inner = unwrap(model)
+    _refuse_replacing(model, [one for one in patches if one.replaces_parameters])
     found = {}
     for name in {one.seam for one in patches}:
         sites = find_sites(inner, name)
@@ -137,12 +138,28 @@ def patch_model(model: Model, patch: str | Patch | Sequence[str | Patch], **sett
 
     for one, chosen in plan:
         _warn_partial(one, chosen, found[one.seam][1])  # before anything changes: a warning may become an error
+        if said := one.warning([site for site, _ in chosen]):
+            warnings.warn(f"{one.name}: {said}", UserWarning, stacklevel=2)
 
     forget_compiled()
     for one, chosen in plan:
         attach(inner, one.name, chosen)
     note_patches(inner)
     return model
+
+
+def _refuse_replacing(model: nn.Module, patches: Sequence[Patch]) -> None:
+    """Patches that put parameters in place of others, where these are held already, or two of them at once."""
+    if len(patches) > 1:
+        raise ValueError(
+            f"{' and '.join(one.name for one in patches)} both train other tensors in place of weights: choose one."
+        )
+    for module in model.modules() if patches else ():
+        if isinstance(module, (DistributedDataParallel, FullyShardedDataParallel)):
+            raise ValueError(
+                f"{patches[0].name} replaces parameters that {type(module).__name__} holds already. Patch the model "
+                "first, then wrap it and make the optimizer (RegularizedTrainer does)."
+            )
 
 
 def _plan(model: nn.Module, patch: Patch, sites: list[Any], uncovered: dict[str, int]) -> Gates:

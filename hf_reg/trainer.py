@@ -27,17 +27,17 @@ from .training.fused_step import FusedStep
 from .training.gradient_dropping import GradientDropping
 from .training.loss_scale import penalty_factor
 from .training.penalty_terms import PenaltyTerms
-from .training.saving import SavingMixin
 from .training.second_forward import SecondForward
 from .training.task_loss import TaskLoss
 from .training.teacher_cache import make_teacher_cache
 from .training.terms import Terms, gradient_shares
+from .training.weights import WeightsMixin
 
 
 __all__ = ["RegularizedTrainer", "RegularizerMixin"]
 
 
-class RegularizerMixin(SavingMixin):
+class RegularizerMixin(WeightsMixin):
     """Penalties and patches for any `Trainer`: put it before the trainer in a class of your own.
 
     ```python
@@ -90,6 +90,7 @@ class RegularizerMixin(SavingMixin):
         bare, self._own_penalties = self.bare_model, list(chosen)
         chosen += adapter_losses(bare, self.args.learning_rate, chosen)
         self._penalties = PenaltyTerms(chosen, bare, teacher, make_teacher_cache(self.args, chosen, self.accelerator))
+        self._attach_patches()
         if "example_ids" in self._penalties.needs and self.train_dataset is not None:
             self._penalties.dataset = self.train_dataset = with_example_ids(self.train_dataset)
         self._fused = FusedStep(self)
@@ -97,8 +98,6 @@ class RegularizerMixin(SavingMixin):
         self._plain_loss = super().compute_loss.__func__ is Trainer.compute_loss
         dropout = next((one for one in beside if isinstance(one, GradientDropout)), None)
         self._dropping = GradientDropping(self, dropout, teacher) if dropout is not None else None
-        if self._patches:
-            patch_model(self.model, self._patches)
         note_training(bare, self._own_penalties, self.args.seed)
         if not any(isinstance(callback, ScheduleCallback) for callback in self.callback_handler.callbacks):
             self.add_callback(ScheduleCallback())
@@ -117,12 +116,14 @@ class RegularizerMixin(SavingMixin):
 
     def call_model_init(self, trial: Any = None) -> nn.Module:
         model = super().call_model_init(trial)
+        if self._patches:
+            patch_model(model, self._patches)
         if hasattr(self, "_penalties"):  # a further trial of a hyper-parameter search
             self._penalties.prepare(model)
             self._fused.forget()
             if self._dropping is not None:
                 self._dropping.terms.prepare(model)
-        return patch_model(model, self._patches) if self._patches else model
+        return model
 
     def _set_signature_columns_if_needed(self) -> None:
         super()._set_signature_columns_if_needed()

@@ -6,6 +6,7 @@ from hf_reg.patches.attention_dropout import AttentionDropout
 from hf_reg.patches.drop_block import DropBlock
 from hf_reg.patches.drophead import DropHead
 from hf_reg.patches.dynamic_dropout import DynamicDropout
+from hf_reg.patches.factorized import Factorized
 from hf_reg.patches.ffn_dropout import FfnDropout
 from hf_reg.patches.head_mask import HeadMask
 from hf_reg.patches.hidden_dropout import HiddenDropout
@@ -15,11 +16,13 @@ from hf_reg.patches.residual_dropout import ResidualDropout
 from hf_reg.patches.standout import Standout
 from hf_reg.patches.tensor_dropout import TensorDropout
 from hf_reg.patches.tlm import TLM
+from hf_reg.patches.weight_compander import WeightCompander
 
 
 __all__ = [
-    "PATCHES", "TLM", "AdaptiveDropout", "AttentionDropout", "DropBlock", "DropHead", "DynamicDropout", "FfnDropout",
-    "HeadMask", "HiddenDropout", "LayerDrop", "NestedDropout", "ResidualDropout", "Standout", "TensorDropout",
+    "PATCHES", "TLM", "AdaptiveDropout", "AttentionDropout", "DropBlock", "DropHead", "DynamicDropout", "Factorized",
+    "FfnDropout", "HeadMask", "HiddenDropout", "LayerDrop", "NestedDropout", "ResidualDropout", "Standout",
+    "TensorDropout", "WeightCompander",
 ]  # fmt: skip
 
 PATCHES: dict[str, type[Patch]] = {
@@ -37,4 +40,6 @@ PATCHES: dict[str, type[Patch]] = {
     "dynamic_dropout": DynamicDropout,
     "standout": Standout,
     "adaptive_dropout": AdaptiveDropout,
+    "weight_compander": WeightCompander,
+    "factorized": Factorized,
 }

@@ -9,6 +9,7 @@ import torch
 from torch import nn
 
 from hf_reg.base import Patch, RateGate, check_choice, check_range
+from hf_reg.dropping import stay
 from hf_reg.ffn_sites import FfnSite
 from hf_reg.layers import parent_of
 from hf_reg.own_attention import SeamHook
@@ -26,7 +27,8 @@ def keep_probability(z: torch.Tensor, p: float | torch.Tensor, alpha: float, bet
         p (`float` or scalar `torch.Tensor`): strength; 1 is the paper's probability, 0 keeps everything.
         alpha, beta (`float`): of the affine map.
     """
-    return 1 - p * torch.sigmoid(-(alpha * z.detach() + beta))
+    moved = z.detach() if (alpha, beta) == (1, 0) else torch.add(z.detach() * alpha, beta)
+    return torch.sigmoid(moved).mul_(p).add_(1 - p)  # in one new tensor
 
 
 @dataclass(frozen=True)
@@ -130,8 +132,8 @@ class StandoutGate(RateGate):
         keep = keep_probability(z, rate, self.patch.alpha, self.patch.beta)
         if not self.training:
             return states * keep
-        mask = torch.rand(states.shape, device=states.device) < keep
-        return states * (mask if self.patch.in_eval else mask / keep).to(states.dtype)
+        mask = stay(keep)
+        return states * (mask if self.patch.in_eval else mask.div_(keep))
 
     def notes(self) -> str:
         return "evaluation multiplies by the keep probability" if self.patch.in_eval else ""

@@ -168,6 +168,11 @@ def save_config(model: Any, folder: Path) -> str:
     return str(folder)
 
 
+def notes(row: Any) -> str:
+    """The notes of a row, but for what is of the weights: an inspected model has none."""
+    return "" if PATCHES[row.method].replaces_parameters else row.notes
+
+
 def expected(model: Any) -> tuple[list[tuple[Any, ...]], dict[str, str], int, dict[str, int]]:
     """What `patch_model` does to the real model, method by method."""
     rows, refusals = [], {}
@@ -181,7 +186,7 @@ def expected(model: Any) -> tuple[list[tuple[Any, ...]], dict[str, str], int, di
                 refusals[name] = str(error)
                 continue
         described: Any = describe(model)
-        rows += [(row.method, row.submodel, row.patched, row.found, row.backend, row.notes) for row in described.rows]
+        rows += [(row.method, row.submodel, row.patched, row.found, row.backend, notes(row)) for row in described.rows]
         unpatch_model(model)
     return rows, refusals, plain_one.found, plain_one.uncovered
 

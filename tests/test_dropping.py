@@ -5,7 +5,7 @@ from __future__ import annotations
 import pytest
 import torch
 
-from hf_reg.dropping import drop_units
+from hf_reg.dropping import drop_units, stay
 
 
 @pytest.mark.parametrize("rate", [0.0, 0.1, 0.5, 0.9])
@@ -56,3 +56,14 @@ def test_gradient_of_the_gradient() -> None:
 
     states = torch.randn(6, dtype=torch.float64, requires_grad=True)
     assert torch.autograd.gradcheck(dropped, states) and torch.autograd.gradgradcheck(dropped, states)
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_a_probability_for_each_unit(dtype: torch.dtype) -> None:
+    keep = torch.tensor([0.0, 0.25, 0.75, 1.0]).repeat(20_000, 1).to(dtype)
+    before = keep.clone()
+    stays = stay(keep)
+    assert stays.dtype == dtype and set(stays.unique().tolist()) == {0.0, 1.0} and torch.equal(keep, before)
+    shares = stays.float().mean(0)
+    assert shares[0] == 0 and shares[3] == 1
+    torch.testing.assert_close(shares, keep[0].float(), atol=0.015, rtol=0)

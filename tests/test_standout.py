@@ -39,7 +39,7 @@ def test_mean_over_draws_is_the_activation_and_units_are_kept_by_their_pre_activ
     z, h = torch.randn(1, 16), torch.randn(1, 16)
     gate.seen = z.expand(20_000, -1)
     out = gate.transform(h.expand(20_000, -1))
-    assert (out.mean(0) - h[0]).abs().max() < 0.05
+    assert (out.mean(0) - h[0]).abs().max() < 0.1  # four standard errors of the worst unit
     kept = (out != 0).float().mean(0)
     assert (kept - keep_probability(z[0], 0.8, 2.0, 0.3)).abs().max() < 0.02
     assert out.abs().max() <= h.abs().max() / (1 - 0.8) + 1e-5
@@ -61,7 +61,10 @@ def test_no_gradient_goes_through_the_probability() -> None:
     [("llama", "gate_proj", False), ("bert", "intermediate.dense", False), ("phi3", "gate_up_proj", True),
      ("modernbert", "Wi", True), ("t5", "wi", False), ("mixtral", "", False), ("mgp-str", "fc1", False)],
 )  # fmt: skip
-def test_the_pre_activation_is_that_of_the_activated_half(model_type: str, projection: str, half: bool) -> None:
+def test_the_pre_activation_is_that_of_the_activated_half(
+    model_type: str, projection: str, half: bool, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr("hf_reg.patches.standout.stay", lambda keep: (torch.rand(keep.shape) < keep).float())
     tiny = build(model_type)
     model = patch_model(without_dropout(tiny.model).train(), "standout", p=0.5)
     gate, seen, given, found = gate_of(model), [], [], []

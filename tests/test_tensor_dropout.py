@@ -14,7 +14,7 @@ from hf_reg import SorsaConfig, describe, get_regularized_peft_model, patch_mode
 from hf_reg.rank_sites import find_ranks
 from hf_reg.seams import gates, seams
 
-from .architectures import build
+from .architectures import build, forward
 from .properties import reseed
 
 
@@ -155,3 +155,21 @@ def test_errors() -> None:
     with pytest.raises(ValueError, match="which computes with its factors"):
         patch_model(sorsa, "tensor_dropout")
     assert not seams(dora) and not seams(sorsa)
+
+
+def test_factorized_layers_are_low_rank_layers() -> None:
+    """Both patches together, and off again in either order."""
+    tiny = build("llama")
+    model = patch_model(patch_model(tiny.model.train(), "factorized"), "tensor_dropout")
+    found = [site for site in find_ranks(model) if site.kind == "factorized"]
+    assert len(found) == 14 and all(site.path.endswith(".components") for site in found)
+    reseed(0)
+    one = forward(tiny, tiny.inputs)[0]
+    assert not torch.equal(one, forward(tiny, tiny.inputs)[0])
+    dense = model.eval().layers[0].mlp.down_proj.weight.detach().clone()
+    plain = forward(tiny, tiny.inputs)[0]
+    unpatch_model(model, "factorized")
+    torch.testing.assert_close(model.layers[0].mlp.down_proj.weight.detach(), dense)
+    torch.testing.assert_close(forward(tiny, tiny.inputs)[0], plain, atol=1e-4, rtol=1e-4)
+    unpatch_model(model)
+    assert not seams(model) and not any("hf_reg" in name for name, _ in model.named_modules())

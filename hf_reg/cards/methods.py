@@ -79,6 +79,7 @@ MEASURED = {  # the line of costs.md that a card quotes: section, case, ours, pe
     "tlm": ("TLM", _STEP, "TLM", "no dropout"),
     "drophead": ("DropHead", _STEP, "multiply", "unpatched"),
     "drophead, skip": ("DropHead", _STEP, "skip, p = 0.2", "unpatched"),
+    "weight_compander": ("weight_compander", _STEP, "weight_compander", "unpatched"),
     "l2_sp": ("trainer", _STEP, "l2_sp", "Trainer"),
     "confidence": ("trainer", _STEP, "confidence", "Trainer"),
     "r_drop": ("trainer", _STEP, "r_drop", "Trainer"),

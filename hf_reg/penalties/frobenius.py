@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Collection, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any, ClassVar
 
@@ -10,10 +10,10 @@ import torch
 from torch import nn
 
 from hf_reg.base import Penalty, check_choice
-from hf_reg.distributed import named_whole_parameters
+from hf_reg.distributed import named_whole_parameters, select_parameters
 
 from .precision import exactly, widen
-from .products import Product, head_products, lora_products
+from .products import Product, factorized_products, head_products, lora_products
 
 
 __all__ = ["FrobeniusDecay", "frobenius_product"]
@@ -44,20 +44,25 @@ class FrobeniusDecay(Penalty):
     """Frobenius decay: 1/2 ||product||_F^2 of factor pairs, see [`frobenius_product`], times `weight` (lambda).
 
     From *Initialization and Regularization of Factorized Neural Layers* (arXiv 2105.01029). Switch weight decay off
-    for the factors: the authors' training script leaves both on, a bug. Biases and the 1 / sqrt(d) of attention do not
-    enter. A pair counts if both of its factors are in scope and take a gradient.
+    for the factors: the authors' training script leaves both on, a bug; for kind `"factorized"` `RegularizedTrainer`
+    does it. Biases and the 1 / sqrt(d) of attention do not enter. A pair counts if both factors are in scope and take
+    a gradient.
 
     Args:
         kind (`str` or sequence of `str`, *optional*, defaults to `"lora"`):
-            `"lora"`: scaling * B A of the active adapters; `"qk"`: Q_h^T K_h of every head; `"ov"`: O_h V_h of every
-            head. Under grouped-query attention the sum runs over the query heads, which share keys and values.
+            `"lora"`: scaling * B A of the active adapters; `"factorized"`: U V^T of the layers under the patch of that
+            name; `"qk"`: Q_h^T K_h of every head; `"ov"`: O_h V_h of every head. Under grouped-query attention the sum
+            runs over the query heads, which share keys and values.
         weight, schedule, scope, name: see [`~hf_reg.base.Penalty`].
     """
 
     NAME: ClassVar[str] = "frobenius_decay"
     FORMULA: ClassVar[str] = "sum over pairs of 1/2 ||U V^T||_F^2"
     ON_PARAMETERS: ClassVar[bool] = True
-    KINDS: ClassVar[tuple[str, ...]] = ("lora", "qk", "ov")
+    KINDS: ClassVar[tuple[str, ...]] = ("lora", "qk", "ov", "factorized")
+    WHOLE: ClassVar[Mapping[str, Callable[[nn.Module], Iterator[Product]]]] = {
+        "lora": lora_products, "factorized": factorized_products
+    }  # fmt: skip
 
     kind: str | Sequence[str] = "lora"
 
@@ -69,12 +74,19 @@ class FrobeniusDecay(Penalty):
         for kind in self.kinds:
             check_choice(self.name, "kind", kind, self.KINDS)
 
+    def undecayed(self, model: nn.Module) -> Collection[str]:
+        if "factorized" not in self.kinds:
+            return ()
+        inside = {name for name, _ in select_parameters(model, self.scope)}
+        pairs = [product.names() for product in factorized_products(model)]
+        return {name for pair in pairs if pair <= inside for name in pair}
+
     def __call__(self, model: nn.Module, inputs: Mapping[str, Any], outputs: Any) -> torch.Tensor:
         products: dict[str, list[Product]] = {kind: [] for kind in self.kinds}
         unknown: dict[str, str] = {}  # path: class
         for kind in self.kinds:
-            if kind == "lora":
-                products[kind] = list(lora_products(model))
+            if kind in self.WHOLE:
+                products[kind] = list(self.WHOLE[kind](model))
                 continue
             for site, product in head_products(model, kind):
                 if product is None:
@@ -99,8 +111,8 @@ class FrobeniusDecay(Penalty):
             if not inside:
                 raise ValueError(
                     f"{self.name}: no {kind!r} product of {type(model).__name__} has both factors in scope "
-                    f"{self.scope!r} ({len(found)} found); 'lora' needs PEFT's LoRA layers, 'qk' and 'ov' trainable "
-                    "attention projections."
+                    f"{self.scope!r} ({len(found)} found); 'lora' needs PEFT's LoRA layers, 'factorized' that patch, "
+                    "'qk' and 'ov' trainable attention projections."
                 )
             terms += [frobenius_product(*product.factors(weights)) * product.scale**2 for product in inside]
         return torch.stack([term.to(terms[0].device) for term in terms]).sum()

@@ -9,10 +9,11 @@ import torch
 from torch import nn
 from transformers.pytorch_utils import Conv1D
 
+from hf_reg.factors import FactorizedLayer
 from hf_reg.sites import AttentionSite, find_attention
 
 
-__all__ = ["Factor", "Product", "head_products", "lora_products"]
+__all__ = ["Factor", "Product", "factorized_products", "head_products", "lora_products"]
 
 QUERY, KEY = ("q_proj", "query", "q", "q_lin"), ("k_proj", "key", "k", "k_lin")
 VALUE, OUTPUT = ("v_proj", "value", "v", "v_lin"), ("o_proj", "out_proj", "o", "out_lin", "output.dense")
@@ -81,6 +82,13 @@ def lora_products(model: nn.Module) -> Iterator[Product]:
             else:
                 continue
             yield Product(path, Factor(b, transposed=True), Factor(a), scale=module.scaling[adapter])
+
+
+def factorized_products(model: nn.Module) -> Iterator[Product]:
+    """U V^T of the layers under the patch `factorized`."""
+    for path, module in model.named_modules():
+        if isinstance(module, FactorizedLayer):
+            yield Product(path, Factor(f"{path}.weight_u", transposed=True), Factor(f"{path}.weight_v"))
 
 
 def _is_plain(model: nn.Module, path: str) -> bool:

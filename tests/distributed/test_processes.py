@@ -14,6 +14,7 @@ from safetensors.torch import load_file
 from .heads import difference, make, rows
 from .launch import environment, launch, run
 from .run import PARAMETER_PENALTIES
+from .weights import found as of_a_patch
 
 
 pytestmark = pytest.mark.distributed
@@ -98,6 +99,18 @@ def test_penalties_on_parameters(tmp_path: Path, sharded: bool) -> None:
     assert len(found) == 2 * len(PARAMETER_PENALTIES)
     for (name, accumulation), gradient in found.items():
         assert difference(gradient, penalty_gradient(name)) < 1e-5, (name, accumulation)
+
+
+def test_patches_at_weights(tmp_path: Path) -> None:
+    launch("tests.distributed.weights", str(tmp_path))
+    results = torch.load(tmp_path / "gradients.pt")
+    assert len(results) == 4
+    for (patch, accumulation), gradient in results.items():
+        assert difference(gradient, of_a_patch(patch, 1, 1)) < 1e-5, (patch, accumulation)
+    launch("tests.distributed.weights", str(tmp_path), "--sharded")
+    for rank in (0, 1):
+        said = (tmp_path / f"refused-{rank}").read_text()
+        assert "factorized trains other tensors in place of the weights, which FSDP would shard" in said
 
 
 @pytest.mark.slow
