@@ -11,14 +11,14 @@ import torch
 from torch import nn
 
 from .base import Gate
-from .dropout_seam import DropoutSeam, PlaceGate, connect_dropout, dropout_key
-from .layers import DropoutSite, ProjectionSite, Site
-from .own_attention import connect, disconnect
-from .projection_seam import ProjectionSeam, connect_projection, projection_key
-from .seams import SEAM, AttentionSeam, Seam, install, seams
-from .sites import AttentionSite
-from .weight_seam import WeightSeam, connect_weight
-from .weight_sites import WeightSite
+from .seams.attention import SEAM, AttentionSeam, Seam, install, seams
+from .seams.dropout import DropoutSeam, PlaceGate, connect_dropout, dropout_key
+from .seams.own_attention import connect, disconnect
+from .seams.projection import ProjectionSeam, connect_projection, projection_key
+from .seams.weights import WeightSeam, connect_weight
+from .sites.attention import AttentionSite
+from .sites.layers import DropoutSite, ProjectionSite, Site
+from .sites.weights import WeightSite
 
 
 __all__ = ["attach", "carrier", "check_ran", "detach", "forget_compiled", "restore", "seam_at", "snapshot"]

@@ -11,12 +11,12 @@ import torch
 from torch import nn
 
 from .checks import check_choice, check_range
-from .dropping import drop_units
+from .draws.units import drop_units
 from .schedules import Schedule, make_schedule
 
 
 if TYPE_CHECKING:
-    from .masks import BlockView, TokenView
+    from .seams.masks import BlockView, TokenView
 
 
 __all__ = ["Gate", "Patch", "Penalty", "RateGate", "check_choice", "check_range"]
@@ -39,7 +39,7 @@ class Patch:
 
     name: ClassVar[str] = ""
     formula: ClassVar[str] = ""  # for model cards
-    seam: ClassVar[str] = "attention"  # where it acts: a key of `SEAMS` (finding.py)
+    seam: ClassVar[str] = "attention"  # where it acts: a key of `SEAMS` (sites/finding.py)
     acts_on: ClassVar[str] = "attention"  # in words, what `accepts` accepts
     rate_field: ClassVar[str | None] = None  # the setting that the schedule multiplies
     drops: ClassVar[str] = ""  # the kind of dropout that it is, "hidden" or "ffn", for `dynamic_dropout`

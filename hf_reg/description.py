@@ -10,11 +10,11 @@ from torch import nn
 
 from .attaching import snapshot
 from .base import Gate, Patch
-from .finding import SEAMS, find_sites
-from .layers import DropoutSite, ProjectionSite, Site
 from .patching import unwrap
-from .seams import gates
-from .sites import AttentionSite
+from .seams.attention import gates
+from .sites.attention import AttentionSite
+from .sites.finding import SEAMS, find_sites
+from .sites.layers import DropoutSite, ProjectionSite, Site
 from .tables import Shown
 
 

@@ -17,10 +17,10 @@ from torch.nn.parallel import DataParallel, DistributedDataParallel
 from .attaching import Gates, attach, detach, forget_compiled, restore, snapshot
 from .base import Patch
 from .checkpoints.block import note_patches
-from .finding import SEAMS, find_sites
 from .names import nearest
-from .seams import gates
-from .selection import select
+from .seams.attention import gates
+from .sites.finding import SEAMS, find_sites
+from .sites.selection import select
 
 
 __all__ = ["known_patches", "make_patch", "patch_model", "patched", "unpatch_model", "unwrap"]

@@ -251,7 +251,7 @@ def model_step(model: nn.Module, step: int, total: int, losses: Sequence[float] 
         total (`int`): optimizer steps of the whole run.
         losses (sequence of `float`, *optional*): validation losses so far, oldest first, for `on_plateau`.
     """
-    from .seams import gates
+    from .seams.attention import gates
 
     for gate in gates(model):
         if gate.schedule is not None:

@@ -9,8 +9,8 @@ from typing import ClassVar
 import torch
 
 from hf_reg.base import Patch, RateGate, check_choice, check_range
-from hf_reg.ffn_sites import FfnSite
 from hf_reg.schedules import Schedule, constant
+from hf_reg.sites.ffn import FfnSite
 
 
 __all__ = ["AdaptiveDropout", "annealed"]

@@ -10,10 +10,10 @@ import torch
 from torch import nn
 
 from hf_reg.base import Patch, RateGate, check_choice, check_range
-from hf_reg.blocks import keep_spans, keep_squares, leading_tokens, sees_images, why_no_square
-from hf_reg.layer_pass import LayerPass, check_batch_first, share_pass
-from hf_reg.residual_sites import BranchSite
+from hf_reg.draws.blocks import keep_spans, keep_squares, leading_tokens, sees_images, why_no_square
 from hf_reg.schedules import linear
+from hf_reg.seams.layer_pass import LayerPass, check_batch_first, share_pass
+from hf_reg.sites.residual import BranchSite
 
 
 __all__ = ["DropBlock", "keep_spans", "keep_squares"]

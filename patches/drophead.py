@@ -10,9 +10,9 @@ import torch
 from torch import nn
 
 from hf_reg.base import Patch, RateGate, check_choice, check_range
-from hf_reg.head_scales import RESCALE, drop_heads, head_scales, keep_heads
-from hf_reg.sites import AttentionSite
-from hf_reg.skipping import attend_kept, connect_projections
+from hf_reg.draws.heads import RESCALE, drop_heads, head_scales, keep_heads
+from hf_reg.seams.skipping import attend_kept, connect_projections
+from hf_reg.sites.attention import AttentionSite
 
 
 __all__ = ["DropHead", "drop_heads", "keep_heads"]

@@ -8,9 +8,9 @@ from typing import Any, ClassVar
 from torch import nn
 
 from hf_reg.base import Patch, check_choice, check_range
-from hf_reg.dropout_seam import PlaceGate, refuse_flex
-from hf_reg.layers import DropoutSite
 from hf_reg.schedules import Schedule
+from hf_reg.seams.dropout import PlaceGate, refuse_flex
+from hf_reg.sites.layers import DropoutSite
 
 
 __all__ = ["DynamicDropout"]

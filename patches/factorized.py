@@ -10,11 +10,11 @@ import torch
 from torch import nn
 
 from hf_reg.base import check_range
-from hf_reg.factors import FactorizedLayer, factorize, matrix_of
-from hf_reg.ffn_sites import widths
-from hf_reg.reparameterized import Reparameterized, Start
-from hf_reg.weight_seam import WeightGate, WeightPatch
-from hf_reg.weight_sites import WeightSite
+from hf_reg.seams.factors import FactorizedLayer, factorize, matrix_of
+from hf_reg.seams.reparameterized import Reparameterized, Start
+from hf_reg.seams.weights import WeightGate, WeightPatch
+from hf_reg.sites.ffn import widths
+from hf_reg.sites.weights import WeightSite
 
 
 __all__ = ["Factorized"]

@@ -8,7 +8,7 @@ from typing import ClassVar
 import torch
 
 from hf_reg.base import Patch, RateGate, check_range
-from hf_reg.ffn_sites import FfnSite
+from hf_reg.sites.ffn import FfnSite
 
 
 __all__ = ["FfnDropout"]

@@ -10,7 +10,7 @@ import torch
 from torch import nn
 
 from hf_reg.base import Gate, Patch, check_choice
-from hf_reg.sites import AttentionSite
+from hf_reg.sites.attention import AttentionSite
 
 
 __all__ = ["HeadMask"]

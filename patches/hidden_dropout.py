@@ -6,10 +6,10 @@ from dataclasses import dataclass
 from typing import Any, ClassVar
 
 from hf_reg.base import Patch, RateGate, check_range
-from hf_reg.dropout_seam import PlaceGate
-from hf_reg.layers import DropoutSite
 from hf_reg.patches.residual_dropout import ResidualDropoutGate
-from hf_reg.residual_sites import BranchSite
+from hf_reg.seams.dropout import PlaceGate
+from hf_reg.sites.layers import DropoutSite
+from hf_reg.sites.residual import BranchSite
 
 
 __all__ = ["HiddenDropout"]

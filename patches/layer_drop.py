@@ -9,8 +9,8 @@ import torch
 from torch import nn
 
 from hf_reg.base import Patch, RateGate, check_choice, check_range
-from hf_reg.layer_pass import LayerPass, check_batch_first, holds_attention, layer_of, share_pass
-from hf_reg.residual_sites import BranchSite
+from hf_reg.seams.layer_pass import LayerPass, check_batch_first, holds_attention, layer_of, share_pass
+from hf_reg.sites.residual import BranchSite
 
 
 __all__ = ["LayerDrop"]

@@ -11,8 +11,8 @@ from transformers.pytorch_utils import Conv1D
 
 from hf_reg.base import Patch, RateGate, check_choice, check_range
 from hf_reg.distributed import whole
-from hf_reg.ffn_sites import FfnSite, find_ffn
-from hf_reg.layer_pass import LayerPass, check_batch_first, share_pass
+from hf_reg.seams.layer_pass import LayerPass, check_batch_first, share_pass
+from hf_reg.sites.ffn import FfnSite, find_ffn
 
 
 __all__ = ["NestedDropout", "channel_importance"]

@@ -8,7 +8,7 @@ from typing import ClassVar
 import torch
 
 from hf_reg.base import Patch, RateGate, check_choice, check_range
-from hf_reg.residual_sites import BranchSite
+from hf_reg.sites.residual import BranchSite
 
 
 __all__ = ["ResidualDropout"]

@@ -9,11 +9,11 @@ import torch
 from torch import nn
 
 from hf_reg.base import Patch, RateGate, check_choice, check_range
-from hf_reg.dropping import stay
-from hf_reg.ffn_sites import FfnSite
-from hf_reg.layers import parent_of
-from hf_reg.own_attention import SeamHook
-from hf_reg.projection_seam import follow
+from hf_reg.draws.units import stay
+from hf_reg.seams.own_attention import SeamHook
+from hf_reg.seams.projection import follow
+from hf_reg.sites.ffn import FfnSite
+from hf_reg.sites.layers import parent_of
 
 
 __all__ = ["Standout", "keep_probability"]

@@ -9,7 +9,7 @@ import torch
 from torch import nn
 
 from hf_reg.base import Patch, RateGate, check_choice, check_range
-from hf_reg.rank_sites import RankSite
+from hf_reg.sites.rank import RankSite
 
 
 __all__ = ["TensorDropout"]
@@ -22,7 +22,7 @@ class TensorDropout(Patch):
     From *Tensor Dropout for Robust Learning* (IEEE JSTSP 2021, arXiv 1902.10758), which sketches the rank of CP and
     Tucker decompositions with Bernoulli variables. For a matrix both are W = U diag(lambda / theta) V^T, lambda_k ~
     Bernoulli(theta), theta = 1 - p, whose mean is U V^T: here on B and A of LoRA (B diag(lambda / theta) A x, the
-    frozen weight untouched) and on layers that mark their rank (`hf_reg/rank_sites.py`). Evaluation is untouched.
+    frozen weight untouched) and on layers that mark their rank (`hf_reg/sites/rank.py`). Evaluation is untouched.
 
     The authors' TensorLy-Torch keeps at least one component and does not rescale; here the scale keeps the mean, and
     all components may drop (with probability p^r). It differs from `lora_dropout`, which drops inputs of A.

@@ -10,10 +10,10 @@ import torch
 from torch import nn
 
 from hf_reg.base import Patch, RateGate, check_choice, check_range
-from hf_reg.masks import BlockView, TokenView, refuse_backend
-from hf_reg.sites import AttentionSite
-from hf_reg.sparing import spare_tokens, takes_ids
-from hf_reg.token_masks import HIDE, hide_tokens, hide_tokens_by_rows, token_level_mask, token_mask_mod
+from hf_reg.seams.masks import BlockView, TokenView, refuse_backend
+from hf_reg.seams.sparing import spare_tokens, takes_ids
+from hf_reg.seams.token_masks import HIDE, hide_tokens, hide_tokens_by_rows, token_level_mask, token_mask_mod
+from hf_reg.sites.attention import AttentionSite
 
 
 __all__ = ["TLM", "token_level_mask"]

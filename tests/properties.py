@@ -25,8 +25,8 @@ from transformers import PreTrainedConfig, PreTrainedModel
 from hf_reg import patch_model, unpatch_model
 from hf_reg.base import Gate
 from hf_reg.patching import known_patches
-from hf_reg.seams import gates
-from hf_reg.sites import find_attention
+from hf_reg.seams.attention import gates
+from hf_reg.sites.attention import find_attention
 
 from .architectures import Tiny, build, forward, quiet, tensors
 

@@ -7,7 +7,7 @@ import torch
 
 from hf_reg import patch_model
 from hf_reg.schedules import model_step
-from hf_reg.seams import gates
+from hf_reg.seams.attention import gates
 
 from .architectures import build, forward
 

@@ -29,7 +29,7 @@ from hf_reg.commands.inspection import build_empty, inspect_model, trial_setting
 from hf_reg.commands.methods import known_methods
 from hf_reg.patches import PATCHES, TLM
 from hf_reg.penalties import PENALTIES
-from hf_reg.sites import find_attention
+from hf_reg.sites.attention import find_attention
 
 from .adapters.models import FAMILIES, build, config_of
 from .architectures import MODEL_TYPES, NotBuilt

@@ -7,9 +7,9 @@ import torch
 from torch import nn
 
 from hf_reg import patch_model
-from hf_reg.blocks import keep_spans, keep_squares
+from hf_reg.draws.blocks import keep_spans, keep_squares
 from hf_reg.schedules import model_step
-from hf_reg.seams import gates
+from hf_reg.seams.attention import gates
 
 from .architectures import build, forward
 from .properties import Case, check, lively, reseed, without_dropout

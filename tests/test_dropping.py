@@ -5,7 +5,7 @@ from __future__ import annotations
 import pytest
 import torch
 
-from hf_reg.dropping import drop_units, stay
+from hf_reg.draws.units import drop_units, stay
 
 
 @pytest.mark.parametrize("rate", [0.0, 0.1, 0.5, 0.9])

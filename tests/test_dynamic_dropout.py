@@ -16,9 +16,9 @@ from hf_reg import RegularizedTrainer, RegularizedTrainingArguments, describe, p
 from hf_reg.dropout import set_dropout
 from hf_reg.dropout.finding import find_dropouts
 from hf_reg.dropout.places import Map
-from hf_reg.dropout_seam import PlaceGate
 from hf_reg.schedules import curriculum, linear, model_step, on_plateau
-from hf_reg.seams import gates, seams
+from hf_reg.seams.attention import gates, seams
+from hf_reg.seams.dropout import PlaceGate
 
 from .architectures import build, forward
 from .properties import reseed, without_dropout

@@ -11,10 +11,10 @@ from torch import nn
 from transformers.pytorch_utils import Conv1D
 
 from hf_reg import describe, patch_model, unpatch_model
-from hf_reg.factors import FactorizedLayer, factorize
 from hf_reg.patches.factorized import Factorized
 from hf_reg.penalties import FrobeniusDecay
-from hf_reg.reparameterized import named_layers, reparameterize
+from hf_reg.seams.factors import FactorizedLayer, factorize
+from hf_reg.seams.reparameterized import named_layers, reparameterize
 
 from .architectures import build, forward
 

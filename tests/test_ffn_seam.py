@@ -11,9 +11,9 @@ from peft import LoraConfig, get_peft_model
 from torch import nn
 
 from hf_reg import describe, patch_model, patched, unpatch_model
-from hf_reg.ffn_sites import find_ffn, find_ffn_uncovered
-from hf_reg.residual_sites import find_branches
-from hf_reg.seams import gates, seams
+from hf_reg.seams.attention import gates, seams
+from hf_reg.sites.ffn import find_ffn, find_ffn_uncovered
+from hf_reg.sites.residual import find_branches
 
 from .architectures import build, forward
 from .properties import reseed

@@ -8,7 +8,8 @@ import pytest
 import torch
 from transformers import AutoModel, BertConfig, GPT2Config, ModernBertConfig
 
-from hf_reg import gathered, patch_model
+from hf_reg import patch_model
+from hf_reg.seams import gathered
 
 
 CONFIG = BertConfig(

@@ -10,9 +10,9 @@ import torch
 from torch import nn
 
 from hf_reg import patch_model
-from hf_reg.layer_pass import LayerPass
 from hf_reg.patches.layer_drop import LayerDropGate
-from hf_reg.seams import gates
+from hf_reg.seams.attention import gates
+from hf_reg.seams.layer_pass import LayerPass
 
 from .architectures import build, forward
 from .properties import PROPERTIES, Case, check, lively, reseed, without_dropout

@@ -8,9 +8,9 @@ from hypothesis import strategies as st
 from torch import nn
 
 from hf_reg import patch_model
-from hf_reg.masks import BLOCKED, narrow
 from hf_reg.patches.tlm import TLM, TLMGate
-from hf_reg.seams import gates
+from hf_reg.seams.attention import gates
+from hf_reg.seams.masks import BLOCKED, narrow
 
 from .architectures import build, forward
 from .properties import same, without_dropout

@@ -10,7 +10,7 @@ from peft import LoraConfig, get_peft_model
 
 from hf_reg import patch_model, unpatch_model
 from hf_reg.patches.nested_dropout import channel_importance
-from hf_reg.seams import gates
+from hf_reg.seams.attention import gates
 
 from .architectures import build, forward
 from .properties import Case, check, lively, reseed, without_dropout

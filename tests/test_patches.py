@@ -5,8 +5,8 @@ from __future__ import annotations
 import pytest
 import torch
 
-from hf_reg.seams import gates
-from hf_reg.sites import find_attention
+from hf_reg.seams.attention import gates
+from hf_reg.sites.attention import find_attention
 
 from .properties import PATCHES, PROPERTIES, Case, build, check
 
@@ -27,8 +27,17 @@ NOT_APPLICABLE: set[tuple[str, ...]] = {
 }  # fmt: skip
 
 
-@pytest.mark.parametrize("patch", PATCHES)
-@pytest.mark.parametrize("model_type", ARCHITECTURES)
+SAMPLE = ("bert", "llama", "t5", "mixtral")  # for every patch; `make test-all` tries all of ARCHITECTURES
+CASES = [
+    pytest.param(
+        model_type, patch, marks=() if model_type in SAMPLE or patch in ("tlm", "drophead") else pytest.mark.slow
+    )
+    for model_type in ARCHITECTURES
+    for patch in PATCHES
+]
+
+
+@pytest.mark.parametrize(("model_type", "patch"), CASES)
 def test_every_property(model_type: str, patch: str) -> None:
     case = Case(model_type, patch, build(model_type))
     for name in PROPERTIES:

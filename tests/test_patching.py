@@ -14,8 +14,8 @@ from transformers import AutoConfig, AutoModel
 from hf_reg import describe, patch_model, patched, unpatch_model
 from hf_reg.attaching import check_ran
 from hf_reg.patches import TLM, DropHead, HeadMask
-from hf_reg.seams import SEAM, gates
-from hf_reg.sites import find_attention
+from hf_reg.seams.attention import SEAM, gates
+from hf_reg.sites.attention import find_attention
 
 from .architectures import build, forward
 from .properties import lively, same, without_dropout

@@ -21,7 +21,7 @@ from hf_reg.schedules import (
     two_phase,
     v_shape,
 )
-from hf_reg.seams import gates
+from hf_reg.seams.attention import gates
 
 from .architectures import build
 

@@ -11,7 +11,7 @@ from peft import LoraConfig, get_peft_model
 
 from hf_reg import describe, patch_model, unpatch_model
 from hf_reg.patches.standout import keep_probability
-from hf_reg.seams import gates, seams
+from hf_reg.seams.attention import gates, seams
 
 from .architectures import build, forward
 from .properties import same, without_dropout

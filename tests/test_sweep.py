@@ -13,9 +13,9 @@ from typing import Any
 import pytest
 
 from hf_reg import unpatch_model
-from hf_reg.ffn_sites import find_ffn, find_ffn_uncovered
-from hf_reg.residual_sites import find_branches
-from hf_reg.sites import find_attention
+from hf_reg.sites.attention import find_attention
+from hf_reg.sites.ffn import find_ffn, find_ffn_uncovered
+from hf_reg.sites.residual import find_branches
 
 from .architectures import MODEL_TYPES, NotBuilt, build
 from .conftest import sweep_folder

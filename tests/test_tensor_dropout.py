@@ -11,8 +11,8 @@ from peft import LoraConfig, PeftModel, get_peft_model
 from torch import nn
 
 from hf_reg import SorsaConfig, describe, get_regularized_peft_model, patch_model, unpatch_model
-from hf_reg.rank_sites import find_ranks
-from hf_reg.seams import gates, seams
+from hf_reg.seams.attention import gates, seams
+from hf_reg.sites.rank import find_ranks
 
 from .architectures import build, forward
 from .properties import reseed

@@ -7,9 +7,9 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from hf_reg.masks import BlockView, TokenView
 from hf_reg.patches.tlm import TLM, TLMGate, token_level_mask
-from hf_reg.token_masks import HIDE, hide_tokens, hide_tokens_by_rows, token_mask_mod
+from hf_reg.seams.masks import BlockView, TokenView
+from hf_reg.seams.token_masks import HIDE, hide_tokens, hide_tokens_by_rows, token_mask_mod
 
 
 def slow(allowed: torch.Tensor, selected: torch.Tensor, self_masked: torch.Tensor, hide: str) -> torch.Tensor:

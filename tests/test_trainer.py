@@ -15,7 +15,7 @@ from transformers import Trainer, TrainingArguments
 from hf_reg import RegularizedTrainer, RegularizedTrainingArguments, RegularizerMixin
 from hf_reg.base import Penalty
 from hf_reg.recipes import make_patches, make_penalties
-from hf_reg.seams import gates
+from hf_reg.seams.attention import gates
 
 from .distributed.heads import ROWS, WEIGHT, Spy, difference, make, rows, weight_penalty
 

@@ -11,7 +11,7 @@ from transformers.pytorch_utils import Conv1D
 
 from hf_reg import describe, patch_model, unpatch_model
 from hf_reg.patches.weight_compander import CompandedLayer, WeightCompander
-from hf_reg.reparameterized import make_dense, reparameterize
+from hf_reg.seams.reparameterized import make_dense, reparameterize
 
 from .architectures import build, forward
 

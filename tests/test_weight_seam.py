@@ -15,9 +15,9 @@ from torch.nn.parallel import DistributedDataParallel
 from transformers import AutoModelForSequenceClassification
 
 from hf_reg import RegularizedTrainer, RegularizedTrainingArguments, describe, patch_model, patched, unpatch_model
-from hf_reg.reparameterized import Reparameterized, named_layers
+from hf_reg.seams.reparameterized import Reparameterized, named_layers
+from hf_reg.sites.weights import find_weights, find_weights_uncovered
 from hf_reg.training.weights import TENSORS
-from hf_reg.weight_sites import find_weights, find_weights_uncovered
 
 from .architectures import build, forward
 from .distributed.heads import make, rows

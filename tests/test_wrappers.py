@@ -12,7 +12,7 @@ from torch.distributed.fsdp import FullyShardedDataParallel, fully_shard
 from torch.nn.parallel import DistributedDataParallel
 
 from hf_reg import describe, patch_model, unpatch_model
-from hf_reg.seams import gates
+from hf_reg.seams.attention import gates
 
 from .architectures import build, forward
 from .properties import lively, same, without_dropout

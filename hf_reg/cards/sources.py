@@ -62,7 +62,7 @@ def of_model(model: nn.Module, *, past: bool = True) -> Facts:
     """Of a model with its patches and adapters; with `past`, what its configuration says of an earlier training."""
     from ..description import _of_model
     from ..patching import unwrap
-    from ..seams import gates
+    from ..seams.attention import gates
 
     base: Any = unwrap(model)
     wrapper: Any = next((one for one in model.modules() if hasattr(one, "get_base_model")), None)

@@ -14,7 +14,7 @@ from transformers import PreTrainedConfig
 
 from ..base import Patch, Penalty
 from ..schedules import Schedule
-from ..seams import gates
+from ..seams.attention import gates
 
 
 __all__ = ["BLOCK", "CUSTOM", "KEYS", "block_of", "note_patches", "note_training"]

@@ -26,7 +26,7 @@ from ..patching import known_patches, make_patch, patched
 from ..runs.errors import RunError, one_line, refused_as_run
 from ..runs.models import with_adapter
 from ..runs.recipe import Model
-from ..sites import AttentionSite, find_attention, find_uncovered
+from ..sites.attention import AttentionSite, find_attention, find_uncovered
 from ..tables import Shown
 
 

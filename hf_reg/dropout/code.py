@@ -9,7 +9,7 @@ import textwrap
 
 from torch import nn
 
-from ..ffn_sites import widths
+from ..sites.ffn import widths
 
 
 __all__ = ["is_between", "is_used"]

@@ -7,9 +7,9 @@ from collections.abc import Iterator
 from torch import nn
 
 from ..base import RateGate
-from ..dropout_seam import PlaceGate
-from ..layers import DropoutSite, layer_key, layer_lists, locate
-from ..residual_sites import BranchSite, find_branches
+from ..seams.dropout import PlaceGate
+from ..sites.layers import DropoutSite, layer_key, layer_lists, locate
+from ..sites.residual import BranchSite, find_branches
 from .added import GATES
 from .places import Map, under
 

@@ -10,9 +10,9 @@ from dataclasses import dataclass
 from torch import nn
 
 from ..base import Gate
-from ..ffn_sites import find_ffn, is_fused, mixes_tokens
-from ..layers import layer_key, layer_lists
-from ..sites import AttentionSite, find_attention, find_uncovered
+from ..sites.attention import AttentionSite, find_attention, find_uncovered
+from ..sites.ffn import find_ffn, is_fused, mixes_tokens
+from ..sites.layers import layer_key, layer_lists
 from .added import GATES, AddedDropout
 from .code import is_between, is_used
 

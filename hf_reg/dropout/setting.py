@@ -12,7 +12,7 @@ from transformers import PreTrainedConfig
 
 from ..base import check_range
 from ..patching import unwrap
-from ..seams import gates
+from ..seams.attention import gates
 from .added import GATES, add, remove_added
 from .places import ACTIVATION, DROP, PLAIN, PROBABILITIES, Map, Place, under
 from .report import DropoutReport, DropoutRow

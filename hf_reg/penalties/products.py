@@ -9,8 +9,8 @@ import torch
 from torch import nn
 from transformers.pytorch_utils import Conv1D
 
-from hf_reg.factors import FactorizedLayer
-from hf_reg.sites import AttentionSite, find_attention
+from hf_reg.seams.factors import FactorizedLayer
+from hf_reg.sites.attention import AttentionSite, find_attention
 
 
 __all__ = ["Factor", "Product", "factorized_products", "head_products", "lora_products"]

@@ -8,7 +8,7 @@ from typing import Any, NamedTuple
 
 import torch
 
-from ..segments import Segment, table
+from ..seams.segments import Segment, table
 from .data import REFERENCE
 
 
@@ -125,7 +125,8 @@ def together(
 
     Args:
         in_segments (`bool`, *optional*, defaults to `False`):
-            All pairs in one row without padding, for [`~hf_reg.segments.attend`]; else a row a pair, and a block mask.
+            All pairs in one row without padding, for [`~hf_reg.seams.segments.attend`]; else a row a pair, and a
+            block mask.
         dtype (`torch.dtype`, *optional*):
             For a block mask that is added to attention scores; `None`: a mask of `bool`.
 

@@ -10,7 +10,7 @@ import torch
 from torch import nn
 
 from ..messages import say
-from ..seams import gates
+from ..seams.attention import gates
 from ..training.loss_scale import evaluating
 from .data import REFERENCE
 from .scoring import AnswerScores

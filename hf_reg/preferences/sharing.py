@@ -11,7 +11,7 @@ from torch import nn
 
 from ..messages import say
 from ..patching import unwrap
-from ..seams import gates, install
+from ..seams.attention import gates, install
 from .collator import PreferenceCollator
 from .layouts import Layout, padded, together
 

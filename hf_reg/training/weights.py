@@ -12,7 +12,7 @@ from transformers.trainer_utils import PREFIX_CHECKPOINT_DIR
 
 from ..files import replacing
 from ..patching import patch_model
-from ..reparameterized import named_layers
+from ..seams.reparameterized import named_layers
 from .saving import SavingMixin
 
 

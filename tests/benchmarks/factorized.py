@@ -9,9 +9,9 @@ import torch
 from torch import nn
 
 from hf_reg import patch_model
-from hf_reg.factors import FactorizedLayer
 from hf_reg.patches.factorized import Factorized
-from hf_reg.reparameterized import reparameterize
+from hf_reg.seams.factors import FactorizedLayer
+from hf_reg.seams.reparameterized import reparameterize
 
 from .steps import minilm, step
 from .timing import Row, interleave, memory_rows, ratio

@@ -7,8 +7,8 @@ import random
 import torch
 
 from hf_reg import patch_model
-from hf_reg.masks import TokenView
 from hf_reg.patches.tlm import TLM, TLMGate
+from hf_reg.seams.masks import TokenView
 
 from .steps import minilm, step
 from .timing import Row, interleave, memory_rows, ratio

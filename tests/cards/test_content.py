@@ -18,7 +18,7 @@ from hf_reg.cards import Facts, Use, card_of, check_metadata, facts_of, write_ca
 from hf_reg.cards.methods import MEASURED, cost_of, method_of
 from hf_reg.patching import known_patches
 from hf_reg.recipes import known_penalties
-from hf_reg.seams import gates
+from hf_reg.seams.attention import gates
 
 from ..preferences import models
 from .runs import IDS, RUNS, bert

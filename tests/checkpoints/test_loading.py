@@ -27,7 +27,7 @@ from hf_reg import (
 )
 from hf_reg.checkpoints.reading import read_block
 from hf_reg.patches import TLM, DropHead, HeadMask
-from hf_reg.seams import gates
+from hf_reg.seams.attention import gates
 
 from ..adapters.models import FAMILIES, adapted, build, logits, train
 

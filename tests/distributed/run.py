@@ -14,7 +14,7 @@ from transformers import TrainerCallback
 from transformers.trainer_utils import get_last_checkpoint
 
 from hf_reg import RegularizedTrainer, RegularizedTrainingArguments
-from hf_reg.seams import gates
+from hf_reg.seams.attention import gates
 
 from .heads import BERT, HEADS, ROWS, gradients, make, rows
 

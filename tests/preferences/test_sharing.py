@@ -15,7 +15,7 @@ from hf_reg import messages as said_by
 from hf_reg import patch_model, unpatch_model
 from hf_reg.preferences.layouts import padded, together
 from hf_reg.preferences.scoring import AnswerScores, Limits
-from hf_reg.segments import Segment, attend, segments_of, table
+from hf_reg.seams.segments import Segment, attend, segments_of, table
 
 from .models import gradients, llama, lora, one_batch, trainer
 from .words import PLAIN, WORDS

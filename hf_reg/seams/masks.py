@@ -22,7 +22,7 @@ from torch import nn
 
 
 if TYPE_CHECKING:
-    from .base import Gate
+    from ..base import Gate
 
 
 __all__ = [

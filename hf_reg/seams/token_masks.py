@@ -12,7 +12,7 @@ from typing import Any
 import torch
 from torch.nn.functional import pad
 
-from .base import check_choice
+from ..base import check_choice
 from .masks import BlockView, TokenView
 
 

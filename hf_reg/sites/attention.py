@@ -48,7 +48,7 @@ class AttentionSite(Site):
     cross: bool
     heads: int | None
     groups: int | None  # key/value heads, each shared by heads / groups query heads
-    kind: str  # "interface", "mask_argument" or "operations": how it is reached (own_attention.py)
+    kind: str  # "interface", "mask_argument" or "operations": how it is reached (seams/own_attention.py)
     prefix: bool  # whether it takes a key/value cache
 
     @property

@@ -12,10 +12,10 @@ from typing import Any
 import torch
 from torch import nn
 
-from .base import Gate
-from .layers import ProjectionSite
+from ..base import Gate
+from ..sites.layers import ProjectionSite
+from .attention import SEAM, Seam
 from .own_attention import SeamHook, disconnect
-from .seams import SEAM, Seam
 
 
 __all__ = ["ProjectionSeam", "connect_projection", "follow", "projection_key"]

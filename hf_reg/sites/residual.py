@@ -10,9 +10,9 @@ from dataclasses import dataclass
 
 from torch import nn
 
-from .ffn_sites import find_ffn, widths
+from .attention import AttentionSite, find_attention
+from .ffn import find_ffn, widths
 from .layers import ProjectionSite, layer_key, layer_lists, locate, parent_of
-from .sites import AttentionSite, find_attention
 
 
 __all__ = ["BranchSite", "find_branches"]

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import torch
 
-from .base import check_choice
+from ..base import check_choice
 
 
 __all__ = ["RESCALE", "drop_heads", "head_scales", "keep_heads"]

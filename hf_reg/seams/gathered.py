@@ -16,7 +16,7 @@ import torch
 from torch.autograd.function import once_differentiable
 from transformers.integrations.sdpa_attention import sdpa_attention_forward
 
-from .base import Gate
+from ..base import Gate
 from .masks import TokenView, is_causal, spared_tokens
 
 

@@ -9,11 +9,11 @@ from dataclasses import dataclass
 from torch import nn
 from transformers.pytorch_utils import Conv1D
 
-from .ffn_sites import SIDE, find_ffn, find_ffn_uncovered, widths
+from ..seams.reparameterized import Reparameterized
+from .attention import find_attention, find_uncovered
+from .ffn import SIDE, find_ffn, find_ffn_uncovered, widths
 from .layers import ProjectionSite, layer_lists, locate
-from .reparameterized import Reparameterized
-from .residual_sites import find_branches
-from .sites import find_attention, find_uncovered
+from .residual import find_branches
 
 
 __all__ = ["WeightSite", "find_weights", "find_weights_uncovered"]

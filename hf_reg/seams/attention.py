@@ -17,13 +17,13 @@ import torch
 from torch import nn
 from transformers.modeling_utils import AttentionInterface
 
+from ..base import Gate
 from . import gathered, masks, segments
-from .base import Gate
 
 
 __all__ = ["SEAM", "AttentionSeam", "Seam", "gates", "install", "seams"]
 
-SEAM = "hf_reg"  # name of the child module that carries the gates, or how it begins (projection_seam.py)
+SEAM = "hf_reg"  # name of the child module that carries the gates, or how it begins (projection.py)
 
 
 class Seam(nn.Module):

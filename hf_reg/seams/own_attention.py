@@ -20,12 +20,12 @@ from torch import nn
 from torch.nn import functional as F
 from torch.overrides import TorchFunctionMode
 
+from ..sites.attention import count_heads
 from .masks import TokenView, narrow_scores
-from .sites import count_heads
 
 
 if TYPE_CHECKING:
-    from .seams import AttentionSeam
+    from .attention import AttentionSeam
 
 
 __all__ = ["SeamHook", "connect", "disconnect"]

@@ -17,7 +17,7 @@ __all__ = ["FactorizedLayer", "factorize", "matrix_of"]
 
 
 class Components(nn.Identity):
-    """What the rank of a layer passes through: the place of patches at the seam "rank" (rank_sites.py)."""
+    """What the rank of a layer passes through: the place of patches at the seam "rank" (sites/rank.py)."""
 
     rank_dim = -1
 
@@ -65,7 +65,7 @@ def factorize(matrix: torch.Tensor, rank: int) -> Start:
     if matrix.is_meta:  # a model without weights, to look at
         shapes = {"weight_u": (matrix.shape[0], rank), "weight_v": (rank, matrix.shape[1])}
         return {name: nn.Parameter(matrix.new_empty(shape)) for name, shape in shapes.items()}
-    from .adapters.svd import decompose  # which imports PEFT
+    from ..adapters.svd import decompose  # which imports PEFT
 
     found = decompose(matrix, rank, tolerance=1e-9)  # the principal subspace itself, not one of almost its energy
     root = found.values.clamp(min=0).sqrt()

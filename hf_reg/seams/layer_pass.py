@@ -12,11 +12,11 @@ from typing import Any
 import torch
 from torch import nn
 
-from .base import Gate
-from .layers import Site, layer_key, layer_lists
+from ..base import Gate
+from ..sites.attention import find_attention
+from ..sites.layers import Site, layer_key, layer_lists
 from .masks import BLOCKED, BlockView
 from .own_attention import SeamHook
-from .sites import find_attention
 
 
 __all__ = ["LayerPass", "check_batch_first", "holds_attention", "layer_of", "share_pass"]

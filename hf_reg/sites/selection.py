@@ -7,7 +7,7 @@ from collections.abc import Sequence
 
 from torch import nn
 
-from .base import Patch
+from ..base import Patch
 from .layers import Site
 
 

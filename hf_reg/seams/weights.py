@@ -9,11 +9,11 @@ from typing import Any, ClassVar
 import torch
 from torch import nn
 
-from .base import Gate, Patch, check_choice
+from ..base import Gate, Patch, check_choice
+from ..sites.weights import WeightSite
+from .attention import SEAM, Seam, gates
 from .own_attention import SeamHook, disconnect
 from .reparameterized import Reparameterized, Start, make_dense, reparameterize
-from .seams import SEAM, Seam, gates
-from .weight_sites import WeightSite
 
 
 __all__ = ["WeightGate", "WeightPatch", "WeightSeam", "connect_weight"]

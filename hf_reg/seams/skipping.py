@@ -22,7 +22,7 @@ from .own_attention import SeamHook
 
 
 if TYPE_CHECKING:
-    from .patches.drophead import DropHeadGate
+    from ..patches.drophead import DropHeadGate
 
 
 __all__ = ["Projection", "attend_kept", "connect_projections", "find_projections"]

@@ -13,10 +13,10 @@ from typing import Any
 import torch
 from torch import nn
 
-from .base import Patch, RateGate, check_range
-from .layers import DropoutSite
+from ..base import Patch, RateGate, check_range
+from ..sites.layers import DropoutSite
+from .attention import SEAM, Seam
 from .own_attention import SeamHook
-from .seams import SEAM, Seam
 
 
 __all__ = ["Dial", "DropoutSeam", "PlaceGate", "connect_dropout", "dropout_key", "refuse_flex"]

@@ -14,8 +14,8 @@ from dataclasses import dataclass
 from torch import nn
 from transformers.pytorch_utils import Conv1D
 
+from .attention import OWN, find_attention
 from .layers import ProjectionSite, layer_key, layer_lists, locate, parent_of
-from .sites import OWN, find_attention
 
 
 __all__ = ["FfnSite", "find_ffn", "find_ffn_uncovered", "is_fused", "mixes_tokens", "widths"]

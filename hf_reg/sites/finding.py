@@ -8,12 +8,12 @@ from typing import Any
 
 from torch import nn
 
-from .ffn_sites import find_ffn, find_ffn_uncovered
+from .attention import find_attention, find_uncovered
+from .ffn import find_ffn, find_ffn_uncovered
 from .layers import Site
-from .rank_sites import find_ranks
-from .residual_sites import find_branches
-from .sites import find_attention, find_uncovered
-from .weight_sites import find_weights, find_weights_uncovered
+from .rank import find_ranks
+from .residual import find_branches
+from .weights import find_weights, find_weights_uncovered
 
 
 __all__ = ["SEAMS", "Kind", "find_sites"]
@@ -42,7 +42,7 @@ def _uncovered_branches(model: nn.Module, sites: Any) -> dict[str, int]:
 
 
 def _find_dropouts(model: nn.Module) -> Sequence[Site]:
-    from .dropout.finding import find_dropouts  # that package has `set_dropout`, which needs this module
+    from ..dropout.finding import find_dropouts  # that package has `set_dropout`, which needs this module
 
     return find_dropouts(model)
 
