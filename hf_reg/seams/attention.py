@@ -34,6 +34,14 @@ class Seam(nn.Module):
     def enabled(self) -> list[Gate]:
         return [gate for gate in self.children() if isinstance(gate, Gate) and gate.enabled()]
 
+    def send(self, states: torch.Tensor) -> torch.Tensor:
+        """`states` after every gate that is on."""
+        for gate in self.enabled():
+            states = gate.transform(states)
+            if not torch.compiler.is_compiling():
+                self.ran = True
+        return states
+
 
 class AttentionSeam(Seam):
     """The gates of one attention module."""

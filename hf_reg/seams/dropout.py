@@ -137,13 +137,6 @@ class PlaceGate(RateGate):
 class DropoutSeam(Seam):
     """The gates of one dropout. Those of an interface stand in the seam of its attention module instead."""
 
-    def send(self, states: torch.Tensor) -> torch.Tensor:
-        for gate in self.enabled():
-            states = gate.transform(states)
-            if not torch.compiler.is_compiling():
-                self.ran = True
-        return states
-
 
 class _Send(SeamHook):
     """Forward hook of a dropout module, which rests."""

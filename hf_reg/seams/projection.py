@@ -32,14 +32,6 @@ class ProjectionSeam(Seam):
         """Whether a gate may act on this call."""
         return self.training or any(gate.patch.in_eval for gate in self.children() if isinstance(gate, Gate))
 
-    def send(self, states: torch.Tensor) -> torch.Tensor:
-        """`states` after every gate that is on."""
-        for gate in self.enabled():
-            states = gate.transform(states)
-            if not torch.compiler.is_compiling():
-                self.ran = True
-        return states
-
 
 class _SendInput(SeamHook):
     """Forward pre-hook of the projection."""
