@@ -256,13 +256,8 @@ class Penalty:
     NEEDS: ClassVar[frozenset[str]] = frozenset()  # of NEEDED: what `outputs` has to hold beside the loss
     ON_PARAMETERS: ClassVar[bool] = False  # looks at parameters only: the same for every micro-batch of a step
     NEEDED: ClassVar[tuple[str, ...]] = (
-        "logits",
-        "hidden_states",
-        "attentions",
-        "teacher",
-        "second_pass",
-        "example_ids",
-    )
+        "logits", "hidden_states", "attentions", "teacher", "second_pass", "example_ids",
+    )  # fmt: skip
 
     weight: float = field(default=1.0, kw_only=True)
     schedule: Schedule | str | None = field(default=None, kw_only=True)
