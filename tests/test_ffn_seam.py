@@ -59,6 +59,7 @@ BRANCHES = {
     "qwen2_moe": ["self_attn.o_proj", "mlp"],  # and a shared one
     "switch_transformers": ["SelfAttention.o", "mlp"],  # experts in a dict
     "vit": ["attention.o_proj", "mlp.fc2"],
+    "diffusion_gemma_text": ["self_attn.o_proj", "experts"],  # experts without a block of their own
 }
 
 
@@ -155,6 +156,21 @@ def test_patches_of_three_seams_on_one_model() -> None:
     assert [path for path, _, _, seam in seams(model) if "residual_dropout" in seam._modules] == [
         "encoder.layer.1.attention.output"
     ]
+
+
+def test_convolutions_beside_an_ffn_are_none() -> None:
+    """A gated convolution doubles the width that an FFN's projection halves."""
+    sites = find_ffn(build("seamless_m4t").model)
+    assert sites and not [site.path for site in sites if "conv" in site.path]
+
+
+def test_what_a_sequential_holds_is_not_called_by_it() -> None:
+    tiny = build("ctrl")
+    reseed(0)
+    plain = forward(tiny.model.train(), tiny.inputs)[0]
+    patch_model(tiny.model, "ffn_dropout", p=0.5)
+    reseed(0)
+    assert not torch.equal(plain, forward(tiny.model, tiny.inputs)[0])
 
 
 def test_errors() -> None:
