@@ -42,7 +42,8 @@ class DropBlock(Patch):
     it is not counted. Class and register tokens before the patches are spared; `[CLS]` in text is a token as others.
 
     Args:
-        p (`float`, *optional*, defaults to 0.1): part of the tokens to drop, in [0, 1): 1 - keep_prob, 0.9 there.
+        p (`float`, *optional*, defaults to 0.1): part of the tokens to drop, in [0, 1): 1 - keep_prob, 0.9 there
+            (from memory, as is 7 below: not verified).
         block_size (`int`, *optional*, defaults to 7):
             Length of a span, or side of a square. The paper's for feature maps; for text it is our choice.
         shape (`str`, *optional*, defaults to `"auto"`):
