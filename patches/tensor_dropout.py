@@ -25,7 +25,8 @@ class TensorDropout(Patch):
     frozen weight untouched) and on layers that mark their rank (`hf_reg/sites/rank.py`). Evaluation is untouched.
 
     The paper was not read: its 1 / theta is from memory. The authors' TensorLy-Torch, which was, keeps at least one
-    component and does not rescale; here the scale keeps the mean, and all components may drop (with probability p^r). It differs from `lora_dropout`, which drops inputs of A.
+    component and does not rescale; here the scale keeps the mean, and all components may drop (with probability p^r).
+    It differs from `lora_dropout`, which drops inputs of A.
 
     Adapters whose variant computes with the factors themselves (DoRA, SORSA and BA-LoRA here) are refused. An adapter
     that is added later needs `patch_model` once more.
