@@ -1,6 +1,7 @@
 """Dropout of single units, faster on a CPU than torch's: the masks are compared from raw random bits.
 
-`torch.nn.functional.dropout` draws a Bernoulli variable for each unit, which on a CPU is most of what it costs. Here 64 random bits make four masks, and a byte for each unit is kept for the backward pass.
+`torch.nn.functional.dropout` draws a Bernoulli variable for each unit, which on a CPU is most of what it costs. Here
+64 random bits make four masks, and a byte for each unit is kept for the backward pass.
 """
 
 from __future__ import annotations
