@@ -11,6 +11,7 @@ import torch
 from torch import nn
 
 from .base import Gate
+from .checkpoints.saves import install_saves
 from .seams.attention import SEAM, AttentionSeam, Seam, install, seams
 from .seams.dropout import DropoutSeam, PlaceGate, connect_dropout, dropout_key
 from .seams.own_attention import connect, disconnect
@@ -71,6 +72,7 @@ def _make_seam(site: Site) -> Seam:
 
 def attach(model: nn.Module, name: str, gates: Gates) -> None:
     """Put `gates` of the patch `name` in place of those that it has on `model`."""
+    install_saves()
     detach(model, name, keep={carrier(site) for site, _ in gates})
     for site, gate in gates:
         seam = seam_at(site) or _make_seam(site)

@@ -17,7 +17,7 @@ import psutil
 from .messages import say
 
 
-__all__ = ["finish_dead_saves", "replacing", "staging"]
+__all__ = ["finish_dead_saves", "is_staged", "replacing", "staging"]
 
 WORK = re.compile(r"_saving-(.*)-(\d+)-(\d+)-[0-9a-f]{32}")  # node, process, and when that started
 OLD, NEW, LIVE = "old", "new", "live"
@@ -74,6 +74,11 @@ def staging(folder: Path, outdated: Callable[[set[str]], Iterable[str]] = lambda
             _turn(folder, work, written | gone)
     finally:
         _settle(folder, work)
+
+
+def is_staged(folder: Path) -> bool:
+    """Whether `folder` is, or is in, one that `staging` gave."""
+    return any(WORK.fullmatch(path.name) for path in folder.absolute().parents)
 
 
 def finish_dead_saves(folder: Path) -> None:

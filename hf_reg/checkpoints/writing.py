@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import re
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 from contextlib import contextmanager
 from functools import partial
 from pathlib import Path
@@ -13,7 +13,9 @@ from ..files import staging
 
 __all__ = ["replacing_checkpoint"]
 
-WEIGHTS = re.compile(r"(adapter_)?model(-\d{5}-of-\d{5})?\.safetensors(\.index\.json)?")
+WEIGHTS = re.compile(
+    r"(?:adapter_)?model(?:\.(?P<variant>\w+))??(?:-\d{5}-of-\d{5})?\.safetensors(?:\.index(?:\.(?P<index>\w+))?\.json)?"
+)
 ADAPTER, CARD = "adapter_config.json", "README.md"
 FACTORS = ("hf_reg.json", "hf_reg.safetensors")  # of an adapter
 
@@ -30,10 +32,18 @@ def replacing_checkpoint(folder: Path) -> Iterator[Path]:
         yield unfinished
 
 
+def _variants(names: Iterable[str]) -> dict[str, str]:
+    """The files of weights among `names`, with the variant (`fp16`) that each is of; an empty one for most."""
+    found = {name: WEIGHTS.fullmatch(name) for name in names}
+    return {name: match["variant"] or match["index"] or "" for name, match in found.items() if match}
+
+
 def _outdated(folder: Path, written: set[str]) -> set[str]:
     """Files of an earlier checkpoint in `folder` that a loader would take for those of the one just written."""
     adapters = [Path(name).parent for name in written if Path(name).name == ADAPTER]
     found = {(place / name).as_posix() for place in adapters for name in FACTORS}
-    if ADAPTER not in written and any(WEIGHTS.fullmatch(name) for name in written):  # a whole model
-        found |= {path.name for path in folder.iterdir() if WEIGHTS.fullmatch(path.name)} | {ADAPTER, *FACTORS}
+    variants = set(_variants(written).values())
+    if ADAPTER not in written and variants:  # a whole model
+        there = _variants(path.name for path in folder.iterdir())
+        found |= {name for name, variant in there.items() if variant in variants} | {ADAPTER, *FACTORS}
     return found

@@ -31,6 +31,12 @@ class Seam(nn.Module):
 
     ran = False  # whether any gate has acted yet
 
+    def __setstate__(self, state: dict[str, Any]) -> None:
+        from ..checkpoints.saves import install_saves
+
+        install_saves()  # a pickled or deep-copied model may wake up in a process that never called patch_model
+        super().__setstate__(state)
+
     def enabled(self) -> list[Gate]:
         return [gate for gate in self.children() if isinstance(gate, Gate) and gate.enabled()]
 
@@ -52,7 +58,7 @@ class AttentionSeam(Seam):
         self.prefix = prefix  # the module takes a cache, so keys before the queries are cached ones
 
     def __setstate__(self, state: dict[str, Any]) -> None:
-        install()  # a pickled or deep-copied model may wake up in a process that never called patch_model
+        install()
         super().__setstate__(state)
 
     def attend(

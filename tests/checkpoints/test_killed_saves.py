@@ -21,7 +21,7 @@ import torch
 from peft import LoraConfig, PeftModel, get_peft_model
 from transformers import AutoModelForCausalLM
 
-from hf_reg import SorsaConfig, get_regularized_peft_model
+from hf_reg import SorsaConfig, get_regularized_peft_model, patch_model
 from hf_reg.checkpoints.writing import replacing_checkpoint
 from hf_reg.files import finish_dead_saves, staging
 
@@ -29,7 +29,7 @@ from ..adapters.models import build, logits
 
 
 OPERATIONS = ("os.rename", "os.link", "os.symlink", "os.remove", "os.rmdir", "os.mkdir")
-Write = Callable[[Path, float], None]
+Write = Callable[..., None]
 
 
 def shift(model: Any, by: float) -> Any:
@@ -40,8 +40,12 @@ def shift(model: Any, by: float) -> Any:
     return model
 
 
-def model(folder: Path, by: float, **settings: Any) -> None:
-    made = shift(build(), by)
+def as_it_is(made: Any) -> Any:
+    return made
+
+
+def model(folder: Path, by: float, then: Callable[[Any], Any] = as_it_is, **settings: Any) -> None:
+    made = then(shift(build(), by))
     made.config.rms_norm_eps = 1e-6 + 10 * by  # the old weights with the new configuration are something else
     made.save_pretrained(folder, **settings)
 
@@ -49,9 +53,9 @@ def model(folder: Path, by: float, **settings: Any) -> None:
 shards = partial(model, max_shard_size="20KB")
 
 
-def lora(folder: Path, by: float) -> None:
+def lora(folder: Path, by: float, then: Callable[[Any], Any] = as_it_is) -> None:
     config = LoraConfig(r=2, lora_alpha=2 + round(100 * by), target_modules="all-linear", init_lora_weights=False)
-    shift(get_peft_model(build(), config), by).save_pretrained(folder)
+    then(shift(get_peft_model(build(), config), by)).save_pretrained(folder)
 
 
 def sorsa(folder: Path, by: float) -> None:
@@ -91,15 +95,16 @@ def linked(folder: Path) -> bool:
     return any(path.is_symlink() for path in folder.iterdir())
 
 
-def killed(save: Callable[[], None], before: int) -> bool:
-    """Run `save` in a child that dies before its operation of this number; whether it did."""
+def killed(save: Callable[[], None], before: int, writes: bool = False) -> bool:
+    """Run `save` in a child that dies before its operation of this number, `writes` to files counted or not; whether
+    it did."""
     child = os.fork()
     if child == 0:
         count = 0
 
-        def watch(event: str, _: Any) -> None:
+        def watch(event: str, details: Any) -> None:
             nonlocal count
-            if event in OPERATIONS:
+            if event in OPERATIONS or (writes and event == "open" and "w" in str(details[1])):
                 count += 1
                 if count > before:
                     os.kill(os.getpid(), signal.SIGKILL)
@@ -234,6 +239,26 @@ def test_saves_of_svd_adapters_are_whole_without_a_trainer(tmp_path: Path) -> No
     assert found == sorted(found) and found[0] == 0 and found[-1] == 1
     with pytest.raises(ValueError, match="is a file: expected a folder"):
         sorsa(tmp_path / "done" / "hf_reg.json", 0.1)
+
+
+@pytest.mark.parametrize("kind", [model, shards, lora])
+def test_save_pretrained_of_a_patched_model_is_whole(kind: Write, tmp_path: Path) -> None:
+    source, done, folder = tmp_path / "source", tmp_path / "done", tmp_path / "folder"
+    patch = partial(patch_model, patch="drophead")
+    kind(source, 0.0, then=patch)
+    shutil.copytree(source, done)
+    kind(done, 0.1, then=patch)
+    assert not list(done.glob("_saving-*"))
+    states, found = [seen(source), seen(done)], []
+    for moment in range(1000):
+        shutil.copytree(source, folder)
+        dies = killed(partial(kind, folder, 0.1, then=patch), moment, writes=True)
+        assert seen(folder) in states, f"killed before operation {moment}: {sorted(seen(folder))}"
+        found.append(states.index(seen(folder)))
+        shutil.rmtree(folder)
+        if not dies:
+            break
+    assert found == sorted(found) and found.count(0) > 5 and found.count(1) > 5
 
 
 def test_only_what_dead_saves_left_goes(tmp_path: Path) -> None:

@@ -8,7 +8,7 @@ from typing import Any
 
 import pytest
 
-from hf_reg import RegularizedTrainer, RegularizedTrainingArguments
+from hf_reg import RegularizedTrainer, RegularizedTrainingArguments, patch_model
 
 from ..adapters import models
 from .conftest import TOKEN
@@ -66,3 +66,11 @@ def test_a_hub_that_is_out_of_order_does_not_end_the_training(
     assert made.state.global_step == 2 and (tmp_path / "run" / "checkpoint-1" / "model.safetensors").is_file()
     assert "Step 1" in caplog.text and "500" in caplog.text
     assert len(hub.repositories[REPO].commits) == 2  # the second push arrived
+
+
+def test_save_pretrained_of_a_patched_model_pushes_under_its_folder_s_name(hub: HubServer, tmp_path: Path) -> None:
+    model = patch_model(models.build("bert"), "tlm")
+    model.save_pretrained(tmp_path / "tiny-tlm", push_to_hub=True, token=TOKEN)
+    files = list(hub.repositories["alice/tiny-tlm"].commits.values())[-1]
+    assert files["model.safetensors"] == (tmp_path / "tiny-tlm" / "model.safetensors").read_bytes()
+    assert "config.json" in files
