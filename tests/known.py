@@ -9,3 +9,10 @@ KNOWN: dict[str, dict[str, str]] = {
     "segformer": _POOLED,
     "vjepa2": {"backends_agree": "its eager attention ignores the mask"},
 }
+
+# Types with attention in which no FFN is found, and why; every other type with attention must have one.
+WITHOUT_FFN: dict[str, str] = {
+    "sam3_lite_text_mask_decoder": "has none: its layers are projections and convolutions",
+    "sam3_mask_decoder": "has none: its layers are projections and convolutions",
+    "superglue": "its MLPs map keypoints joined with messages, so that no layer undoes another's width",
+}

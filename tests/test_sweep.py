@@ -18,8 +18,8 @@ from hf_reg.sites.ffn import find_ffn, find_ffn_uncovered
 from hf_reg.sites.residual import find_branches
 
 from .architectures import MODEL_TYPES, NotBuilt, build
-from .conftest import sweep_folder
-from .known import KNOWN
+from .conftest import REPORT, sweep_folder
+from .known import KNOWN, WITHOUT_FFN
 from .properties import PROPERTIES, Case, check
 
 
@@ -63,6 +63,16 @@ def examine(model_type: str) -> dict[str, Any]:
     return found
 
 
+def test_ffns_are_found_where_there_is_attention() -> None:
+    """In what the sweep last wrote; SURVEY.md counts 655 of 665 architectures with an FFN beside attention."""
+    coverage = json.loads(REPORT.read_text())
+    attending = [name for name, found in coverage["types"].items() if found["reached"]]
+    without = [name for name in attending if not coverage["types"][name]["ffn"]]
+    assert without == sorted(WITHOUT_FFN)
+    assert len(attending) > 600 and len(without) <= 0.02 * len(attending)
+    assert coverage["totals"]["with attention and FFN found"] == len(attending) - len(without)
+
+
 @pytest.mark.slow
 @pytest.mark.parametrize("model_type", MODEL_TYPES)
 def test_architecture(model_type: str) -> None:
@@ -79,6 +89,8 @@ def test_architecture(model_type: str) -> None:
             found["patches"][patch][name] += f" -- known: {known[name]}"
     sweep_folder().mkdir(parents=True, exist_ok=True)
     (sweep_folder() / f"{model_type}.json").write_text(json.dumps(found))
+    if found["reached"]:
+        assert bool(found["ffn"]) != (model_type in WITHOUT_FFN), "an FFN is found or listed as not there, not both"
     unexpected = {key: verdict for key, verdict in broken.items() if key[1] not in known}
     assert not unexpected, unexpected
     assert set(known) <= {name for _, name in broken}, f"listed as known, but it holds: {known}"

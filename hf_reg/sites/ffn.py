@@ -172,6 +172,11 @@ def find_ffn(model: nn.Module) -> list[FfnSite]:
             key = key[:-1] if mixing and key[-1:] == (path,) else key  # a list of mixers inside of a layer
             if key:
                 scopes[key[-1]] = None
+    kinds = {(path.rpartition(".")[0], type(model.get_submodule(path))) for path in scopes}
+    for path, module in model.named_modules():  # Nemotron-H mixes tokens in some layers and has its FFNs in others
+        if (path.rpartition(".")[0], type(module)) in kinds and path.rpartition(".")[0] in lists:
+            if any(FFN.search(type(inner).__name__) for inner in module.modules()):
+                scopes[path] = None
     found: list[tuple[str, nn.Module, str, tuple[str, ...], int | None, bool, str]] = []
     for scope in scopes:
         inside = list(_walk(scope, model.get_submodule(scope), mixers))
