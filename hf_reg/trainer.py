@@ -13,7 +13,7 @@ from .base import Penalty
 from .cards.of_trainer import create_model_card
 from .checkpoints.block import note_training
 from .distributed import check_launch, ddp_explained, wrap_anew
-from .optimizers import GradientDropout
+from .optimizers import Companion, GradientDropout
 from .patching import patch_model
 from .recipes import make_companions, make_patches, make_penalties
 from .schedules import ScheduleCallback
@@ -98,7 +98,9 @@ class RegularizerMixin(WeightsMixin):
         self._plain_loss = super().compute_loss.__func__ is Trainer.compute_loss
         dropout = next((one for one in beside if isinstance(one, GradientDropout)), None)
         self._dropping = GradientDropping(self, dropout, teacher) if dropout is not None else None
-        note_training(bare, self._own_penalties, self.args.seed)
+        given_too = [one for one in self.callback_handler.callbacks if isinstance(one, Companion)]
+        self.companions = [*beside, *(one for one in given_too if one not in beside)]
+        note_training(bare, self._own_penalties, self.args.seed, self.companions)
         if not any(isinstance(callback, ScheduleCallback) for callback in self.callback_handler.callbacks):
             self.add_callback(ScheduleCallback())
         self._around = RegularizationCallback(self)

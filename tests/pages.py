@@ -7,13 +7,13 @@ import json
 from pathlib import Path
 from typing import Any
 
-from hf_reg.commands.methods import Method, known_methods
+from hf_reg.commands.methods import TITLES, Method, known_methods
 
 
 ROOT = Path(__file__).parent.parent
 FOLDER = ROOT / "examples" / "methods"
 COVERAGE = ROOT / "tests" / "coverage.json"
-KINDS = {"patch": "Patches", "penalty": "Penalties", "adapter": "Adapters", "rpo variant": "Variants of RPO"}
+KINDS = {kind: title[0].upper() + title[1:] for kind, title in TITLES.items()}
 
 
 def table(columns: tuple[str, ...], rows: list[tuple[Any, ...]]) -> str:

@@ -17,7 +17,7 @@ import transformers
 from peft import LoraConfig, PeftModel, get_peft_model
 from peft.tuners.tuners_utils import BaseTunerLayer
 from safetensors.torch import load_file
-from transformers import AutoModelForCausalLM, AutoModelForSequenceClassification, AutoTokenizer
+from transformers import AutoModelForCausalLM, AutoModelForSequenceClassification, AutoTokenizer, TrainingArguments
 from typer.testing import CliRunner, Result
 
 import hf_reg
@@ -26,7 +26,8 @@ from hf_reg.cli import app
 from hf_reg.commands.catalogue import CATALOGUE, entry_of
 from hf_reg.commands.docstrings import arguments, body, plain
 from hf_reg.commands.inspection import build_empty, inspect_model, trial_settings
-from hf_reg.commands.methods import known_methods
+from hf_reg.commands.methods import TITLES, known_methods
+from hf_reg.optimizers import COMPANIONS, strong_weight_decay
 from hf_reg.patches import PATCHES, TLM
 from hf_reg.penalties import PENALTIES
 from hf_reg.sites.attention import find_attention
@@ -65,7 +66,8 @@ def test_methods_lists_every_method() -> None:
     rows = said("methods")
     by_kind = {kind: [row["name"] for row in rows if row["kind"] == kind] for kind in {row["kind"] for row in rows}}
     assert by_kind == {
-        "patch": list(PATCHES), "penalty": list(PENALTIES), "adapter": ["sorsa", "balora"],
+        "patch": list(PATCHES), "penalty": list(PENALTIES), "companion": list(COMPANIONS), "loss": ["stablemax"],
+        "preset": ["strong_weight_decay"], "adapter": ["sorsa", "balora"],
         "rpo variant": ["rpo-cumulative", "rpo-average", "rpo-trl"],
     }  # fmt: skip
     assert all(row["description"].rstrip(".:") and row["settings"] for row in rows)
@@ -73,13 +75,13 @@ def test_methods_lists_every_method() -> None:
     table = run("methods")
     assert table.exit_code == 0
     assert all(row["name"] in table.output for row in rows)
-    for title in ("patches", "penalties", "adapters", "variants of RPO"):
+    for title in TITLES.values():
         assert title in table.output
 
 
 def test_every_method_has_an_entry_and_says_where_its_defaults_come_from() -> None:
     known = known_methods()
-    assert {method.name for method in known} == set(CATALOGUE) | set(PATCHES)
+    assert {method.name for method in known} == set(CATALOGUE) | set(PATCHES) | set(COMPANIONS)
     for method in known:
         assert method.entry is not None and method.entry.definition and method.entry.paper, method.name
     for method in known:
@@ -88,7 +90,7 @@ def test_every_method_has_an_entry_and_says_where_its_defaults_come_from() -> No
         assert not unsaid, (method.name, unsaid)
 
 
-@pytest.mark.parametrize("name", sorted({*CATALOGUE, *PATCHES}))
+@pytest.mark.parametrize("name", sorted({*CATALOGUE, *PATCHES, *COMPANIONS}))
 def test_one_method_in_full(name: str) -> None:
     found, shown = said("methods", name), run("methods", name)
     assert shown.exit_code == 0, shown.output
@@ -113,7 +115,7 @@ def test_what_is_said_of_tlm() -> None:
 
 
 def test_the_examples_of_patches_and_recipes_work() -> None:
-    from hf_reg.recipes import make_penalties
+    from hf_reg.recipes import make_companions, make_penalties
     from hf_reg.yaml_text import load_yaml
 
     for name, cls in PATCHES.items():
@@ -126,8 +128,14 @@ def test_the_examples_of_patches_and_recipes_work() -> None:
         }
         eval(entry_of(name, cls).example, names)  # noqa: S307
         assert name in str(describe(model))
+    for name, companion in COMPANIONS.items():
+        found = load_yaml(entry_of(name, companion).example)["train"]["companions"]
+        assert type(make_companions(found)[0]) is companion
+    args = TrainingArguments("unused", use_cpu=True)
+    eval(CATALOGUE["strong_weight_decay"].example, {"strong_weight_decay": strong_weight_decay, "args": args})  # noqa: S307
+    assert args.weight_decay == 3
     for name, entry in CATALOGUE.items():
-        if name in PATCHES:
+        if name in PATCHES or name in ("stablemax", "strong_weight_decay"):
             continue
         if name in PENALTIES and name != "ewc":  # which needs a loader
             assert make_penalties(load_yaml(entry.example)["penalties"])[0].name == name

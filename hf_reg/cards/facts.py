@@ -24,7 +24,7 @@ class Use:
     """A method as it was used.
 
     Args:
-        kind (`str`): `"patch"`, `"penalty"`, `"adapter"` or `"loss"`.
+        kind (`str`): `"patch"`, `"penalty"`, `"companion"`, `"adapter"` or `"loss"`.
         name (`str`): as in the logs.
         settings (`dict[str, str]`): each as Python would read it.
         formula (`str`, *optional*): with the numbers of this run; else that of the method.

@@ -63,6 +63,9 @@ def load_own(facts: Facts) -> str:
         )
         if svd:
             text += " It takes those of the adapter by itself."
+    if beside := [f"`{use.name}`" for use in facts.methods if use.kind == "companion"]:
+        names = ", ".join(beside)
+        text += f"\n\nBeside the optimizer acts {names}: give the trainer `companions=` with the settings above."
     places = [REPO] * (not facts.repo_id) + [BASE] * bool(facts.adapter and not facts.base_model)
     if places:
         means = {

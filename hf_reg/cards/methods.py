@@ -29,7 +29,7 @@ class Method:
 
 PLAIN_LORA = Method("LoRA: low-rank factors beside frozen weights.", "W x = W_0 x + (alpha / r) B A x", "2106.09685")
 OF_PEFT = Method("A loss that belongs to the adapter, as PEFT defines it.")
-OWN = Method("A term of the user's own, whose code is not part of this card.")
+OWN = Method("The user's own, whose code is not part of this card.")
 
 
 def _of_class(cls: type, formula: str) -> Method:
@@ -43,6 +43,7 @@ def method_of(use: Use) -> Method:
     """The method that was used, where it is installed; else an empty one."""
     from ..adapters.storage import CONFIGS
     from ..losses import rpo
+    from ..optimizers import COMPANIONS
     from ..patching import known_patches
     from ..recipes import known_penalties
 
@@ -64,6 +65,9 @@ def method_of(use: Use) -> Method:
     if kind == "penalty" and name in known_penalties():
         cls = known_penalties()[name]
         return _of_class(cls, cls.FORMULA)
+    if kind == "companion" and name in COMPANIONS:
+        cls = COMPANIONS[name]
+        return _of_class(cls, cls.FORMULA)
     if kind == "adapter" and name in CONFIGS:
         cls = CONFIGS[name]
         return _of_class(cls, cls.FORMULA)
@@ -71,18 +75,14 @@ def method_of(use: Use) -> Method:
         return PLAIN_LORA
     if kind == "penalty" and name == "peft":
         return OF_PEFT
-    return OWN if kind == "penalty" else Method()
+    return OWN if kind in ("penalty", "companion") else Method()
 
 
 _STEP, _LARGE, _PAIRS = "MiniLM step, 16 x 128", "56M step, 4 x 256", "56M step, 4 pairs, prompt 128, answers 128"
-MEASURED = {  # the line of costs.md that a card quotes: section, case, ours, peer
+MEASURED = {  # the line of costs.md that a card quotes, where it is not the one under the name of the method
     "tlm": ("TLM", _STEP, "TLM", "no dropout"),
     "drophead": ("DropHead", _STEP, "multiply", "unpatched"),
     "drophead, skip": ("DropHead", _STEP, "skip, p = 0.2", "unpatched"),
-    "weight_compander": ("weight_compander", _STEP, "weight_compander", "unpatched"),
-    "l2_sp": ("trainer", _STEP, "l2_sp", "Trainer"),
-    "confidence": ("trainer", _STEP, "confidence", "Trainer"),
-    "r_drop": ("trainer", _STEP, "r_drop", "Trainer"),
     "sorsa": ("SORSA", f"{_LARGE}, r = 16", "SORSA and its decoupled step", "PEFT LoRA"),
     "sorsa, folded": ("SORSA", f"{_LARGE}, r = 16", "SORSA, folded", "PEFT LoRA"),
     "ba_lora": ("BA-LoRA", _LARGE, "BA-LoRA", "LoRA, transformers' loss"),
@@ -93,5 +93,6 @@ MEASURED = {  # the line of costs.md that a card quotes: section, case, ours, pe
 def cost_of(use: Use) -> Cost | None:
     """The measured cost of a method with its settings, if the benchmarks have it."""
     variants = [name for name in ("skip", "folded") if use.settings.get(name) == "True"]
-    wanted = MEASURED.get(", ".join([use.method or use.name, *variants]))
-    return next(one for one in costs()[1] if one[:4] == wanted) if wanted else None
+    name = ", ".join([use.method or use.name, *variants])
+    found = [one for one in costs()[1] if one[:4] == MEASURED.get(name, (one.section, _STEP, name, one.peer))]
+    return found[0] if found else None

@@ -16,6 +16,7 @@ from typing import Any
 import torch
 from torch import nn
 
+from ..checkpoints.block import COMPANIONS
 from .facts import Facts, Use
 from .private import is_private, public, repo_id_or_none
 from .tasks import task_of_class, task_of_peft
@@ -46,6 +47,7 @@ def of_trainer(trainer: Any) -> Facts:
         facts.methods.insert(0, Use("loss", "rpo" if args.eta else "dpo", settings, formula))
         facts.reference = str(trainer.reference)
     facts.methods += [_penalty(one) for one in getattr(trainer, "penalties", ())]
+    facts.methods += [_companion(one) for one in getattr(trainer, "companions", ())]
     facts.trainer = type(trainer).__name__
     facts.repo_id = repo_id_or_none(args.hub_model_id) or ""
     facts.training = _training(args, state)
@@ -149,7 +151,7 @@ def _add_block(facts: Facts, block: Any, without: Iterable[str] = ()) -> None:
     """What `config.hf_reg` says: `{version, patches: {name: settings}, penalties: ..., seed, versions}`."""
     if not isinstance(block, Mapping):
         return
-    for kind, key in (("patch", "patches"), ("penalty", "penalties")):
+    for kind, key in (("patch", "patches"), ("penalty", "penalties"), ("companion", COMPANIONS)):
         for name, settings in (block.get(key) or {}).items() if kind not in without else ():
             found = dict(settings) if isinstance(settings, Mapping) else {"weight": settings}
             method = str(found.pop("method", ""))
@@ -182,6 +184,14 @@ def _penalty(penalty: Any) -> Use:
     ours = known_penalties().get(penalty.NAME) is type(penalty)
     other = "peft" if isinstance(penalty, (AdapterLoss, AdaLoraLoss)) else "custom"
     return Use("penalty", penalty.name, _fields(penalty, ("name",)), method=penalty.NAME if ours else other)
+
+
+def _companion(companion: Any) -> Use:
+    from ..optimizers import COMPANIONS as known
+
+    ours = known.get(companion.NAME) is type(companion)
+    name = companion.NAME or type(companion).__name__
+    return Use("companion", name, _fields(companion) if ours else {}, method="" if ours else "custom")
 
 
 def _adapter(config: Any) -> Use:

@@ -9,17 +9,20 @@ import types
 import warnings
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, fields
-from typing import Any, Union, get_args, get_origin, get_type_hints
+from typing import TYPE_CHECKING, Any, Union, get_args, get_origin, get_type_hints
 
 from packaging.version import InvalidVersion, Version
 
 from ..base import Patch, Penalty, check_range
 from ..names import nearest, shown
 from ..patching import known_patches, make_patch
-from ..recipes import known_penalties, make_penalties
+from ..recipes import known_penalties, make_companions, make_penalties
 from ..schedules import make_schedule
-from .block import CUSTOM, KEYS
+from .block import COMPANIONS, CUSTOM, KEYS
 
+
+if TYPE_CHECKING:
+    from ..optimizers import Companion
 
 __all__ = ["LARGEST_BLOCK", "Recipe", "read_block"]
 
@@ -36,6 +39,7 @@ class Recipe:
         penalties (`list[Penalty]`): of the training; those that are the user's own code are not among them.
         seed (`int`, *optional*): of the training.
         versions (`dict[str, str]`): of torch, transformers, peft and accelerate.
+        companions (`list[Companion]`): what acted beside the optimizer; the user's own code is not among it.
     """
 
     version: str
@@ -43,6 +47,7 @@ class Recipe:
     penalties: list[Penalty]
     seed: int | None
     versions: dict[str, str]
+    companions: list[Companion]
 
 
 def _typed(value: Any, hint: Any) -> Any:
@@ -125,6 +130,21 @@ def _read_penalties(penalties: Any) -> list[Penalty]:
     return made
 
 
+def _read_companions(companions: Any) -> list[Companion]:
+    if not isinstance(companions, dict):
+        raise ValueError(f"{COMPANIONS} is {shown(companions)}; expected an object of names.")
+    from ..optimizers import COMPANIONS as known
+
+    made: list[Companion] = []
+    for name, settings in companions.items():
+        if settings == {"method": CUSTOM}:
+            continue
+        if name not in known:
+            raise ValueError(f"unknown companion {shown(name)}. Known: {', '.join(known)}.")
+        made += make_companions({name: _settings(name, known[name], settings)})
+    return made
+
+
 def _newer(block: Any) -> str:
     """A sentence about the version of hf_reg that wrote `block`, if this one is older."""
     from .. import __version__
@@ -142,7 +162,7 @@ def _read(block: Any) -> Recipe:
         raise ValueError(f"it is {shown(block)}; expected an object with {', '.join(KEYS)}.")
     if (size := len(json.dumps(block))) > LARGEST_BLOCK:
         raise ValueError(f"it has {size:,} characters; at most {LARGEST_BLOCK:,} are read.")
-    if further := sorted(set(block) - set(KEYS)):
+    if further := sorted(set(block) - {*KEYS, COMPANIONS}):
         raise ValueError(f"it has further keys, {shown(further)}; expected {', '.join(KEYS)}.")
     if missing := [key for key in KEYS if key not in block]:
         raise ValueError(f"it lacks {', '.join(missing)}.")
@@ -152,7 +172,8 @@ def _read(block: Any) -> Recipe:
         except TypeError:
             raise ValueError(f"{key} is {shown(block[key])}; expected {hint}.") from None
     patches, penalties = _read_patches(block["patches"]), _read_penalties(block["penalties"])
-    return Recipe(block["version"], patches, penalties, block["seed"], dict(block["versions"]))
+    companions = _read_companions(block.get(COMPANIONS, {}))
+    return Recipe(block["version"], patches, penalties, block["seed"], dict(block["versions"]), companions)
 
 
 def read_block(block: Any) -> Recipe:

@@ -11,7 +11,7 @@ from ..costs import costs
 
 __all__ = ["CATALOGUE", "Entry", "entry_of"]
 
-SOURCE = re.compile(r"From \*(.+?)\*\s+\((.+?)\)", re.DOTALL)
+SOURCE = re.compile(r"(?:From|of) \*(.+?)\*\s+\((.+?)\)", re.DOTALL)
 
 
 @dataclass(frozen=True)
@@ -35,6 +35,7 @@ BA_LORA = "BA-LoRA, arXiv 2408.04556 (version 6)"
 RPO = "Provably Mitigating Overoptimization in RLHF: Your SFT Loss is Implicitly an Adversarial Regularizer, "
 RPO += "arXiv 2405.16436"
 H = "h = log pi(y_w) / pi_ref(y_w) - log pi(y_l) / pi_ref(y_l)"
+NUMERICS = "Grokking at the Edge of Numerical Stability, arXiv 2501.04697"
 MULTIPLY, SKIP = ("DropHead", "multiply"), ("DropHead", "skip, p = 0.2")
 
 RUN = (("RPO", "RPOTrainer"), ("RPO", "RPOTrainer, precomputed"))
@@ -125,6 +126,17 @@ CATALOGUE: dict[str, Entry] = {
         "sum |w| over the parameters in scope", "textbook", "penalties: {l1: {weight: 1e-5, scope: adapters}}"
     ),
     "l2": Entry("1/2 sum w^2 over the parameters in scope", "textbook", "penalties: {l2: {weight: 1e-4}}"),
+    "stablemax": Entry(
+        "-log(s(z_y) / sum_j s(z_j)), s(z) = z + 1 for z >= 0, 1 / (1 - z) for z < 0",
+        NUMERICS,
+        "RegularizedTrainer(model, args, compute_loss_func=StableMaxLoss(model), train_dataset=rows)",
+        (("companions", "stablemax"),),
+    ),
+    "strong_weight_decay": Entry(
+        "w <- w - lr weight_decay w, weight_decay = 0.1 times",
+        "Pre-training under Infinite Compute, ICLR 2026",
+        "strong_weight_decay(args, times=30)",
+    ),
     "sorsa": Entry(
         "W x = W_0 x + s (U_p diag(S_p) V_p^T - U_0 diag(S_0) V_0^T) x; a step of its own keeps U_p, V_p orthonormal",
         "SORSA: Singular Values and Orthonormal Regularized Singular Vectors Adaptation of LLMs, arXiv 2409.00055",
@@ -144,12 +156,18 @@ CATALOGUE: dict[str, Entry] = {
 }
 
 
-def entry_of(name: str, patch: Any) -> Entry:
-    """What there is to say of a patch: the entry of the catalogue, or else its formula, the paper that its docstring
-    begins with, and the costs under its name."""
+def _paper(method: Any) -> str:
+    """The paper that a docstring begins with."""
+    found = SOURCE.search(method.__doc__ or "")
+    return " ".join(f"{found[1]}, {found[2]}".split()) if found else ""
+
+
+def entry_of(name: str, method: Any) -> Entry:
+    """What there is to say of a patch or a companion: the entry of the catalogue, or else its formula, the paper of
+    its docstring, and the costs under its name."""
     if name in CATALOGUE:
         return CATALOGUE[name]
-    found = SOURCE.search(patch.__doc__ or "")
-    paper = " ".join(f"{found[1]}, {found[2]}".split()) if found else ""
     measured = tuple({(one.section, one.ours): None for one in costs()[1] if one.ours == name})
-    return Entry(patch.formula, paper, f'patch_model(model, "{name}")', measured)
+    if hasattr(method, "FORMULA"):
+        return Entry(method.FORMULA, _paper(method), f"train: {{companions: {name}}}", measured)
+    return Entry(method.formula, _paper(method), f'patch_model(model, "{name}")', measured)

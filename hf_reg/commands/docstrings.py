@@ -40,14 +40,15 @@ def body(thing: Any) -> list[str]:
     return kept
 
 
-def arguments(cls: type) -> dict[str, str]:
-    """What the docstrings of a class and its bases say of each argument; a "see ..." gives way to what is said there.
+def arguments(cls: Any) -> dict[str, str]:
+    """What the docstrings of a function, or of a class and its bases, say of each argument; a "see ..." gives way to
+    what is said there.
 
     Returns:
         `dict[str, str]`: by name.
     """
     said: dict[str, str] = {}
-    for base in reversed(cls.__mro__):
+    for base in reversed(getattr(cls, "__mro__", (cls,))):
         for names, text in _items(base):
             for name in names.split(","):
                 if name.strip() not in said or not text.startswith("see ["):
@@ -55,10 +56,10 @@ def arguments(cls: type) -> dict[str, str]:
     return {name: plain(text) for name, text in said.items()}
 
 
-def _items(cls: type) -> list[tuple[str, str]]:
+def _items(cls: Any) -> list[tuple[str, str]]:
     found: list[tuple[str, str]] = []
     inside = False
-    for line in _lines(cls) if "__doc__" in vars(cls) else ():
+    for line in _lines(cls) if "__doc__" in vars(cls) or not isinstance(cls, type) else ():
         if line and not line.startswith(" "):
             inside = line == "Args:"
         elif inside and (match := ITEM.match(line)):

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from dataclasses import MISSING, dataclass, field, fields
+from inspect import signature
 from typing import Any
 
 from rich import box
@@ -18,9 +19,12 @@ from .catalogue import CATALOGUE, Entry, entry_of
 from .docstrings import arguments, body, plain, summary
 
 
-__all__ = ["Method", "find_method", "known_methods", "methods_table"]
+__all__ = ["TITLES", "Method", "find_method", "known_methods", "methods_table"]
 
-TITLES = {"patch": "patches", "penalty": "penalties", "adapter": "adapters", "rpo variant": "variants of RPO"}
+TITLES = {
+    "patch": "patches", "penalty": "penalties", "companion": "companions of the optimizer", "adapter": "adapters",
+    "loss": "task losses", "preset": "presets", "rpo variant": "variants of RPO",
+}  # fmt: skip
 
 
 @dataclass(frozen=True)
@@ -29,7 +33,7 @@ class Method(Shown):
 
     Args:
         name (`str`): as a recipe or `patch_model` takes it.
-        kind (`str`): `"patch"`, `"penalty"`, `"adapter"` or `"rpo variant"`.
+        kind (`str`): `"patch"`, `"penalty"`, `"companion"`, `"adapter"`, `"loss"`, `"preset"` or `"rpo variant"`.
         description (`str`): one sentence.
         settings (`dict`): names and defaults.
         said (`dict`): what is said of each setting: its meaning, and where the default comes from.
@@ -101,8 +105,8 @@ def _defaults(cls: Any) -> dict[str, Any]:
     }
 
 
-def _method(name: str, kind: str, cls: type, settings: dict[str, Any]) -> Method:
-    entry = entry_of(name, cls) if kind == "patch" else CATALOGUE.get(name)
+def _method(name: str, kind: str, cls: Any, settings: dict[str, Any]) -> Method:
+    entry = entry_of(name, cls) if kind in ("patch", "companion") else CATALOGUE.get(name)
     return Method(name, kind, summary(cls), settings, arguments(cls), body(cls), entry)
 
 
@@ -114,6 +118,19 @@ def _adapters() -> list[Method]:
         ours = {key for base in cls.__mro__ if base.__module__.startswith("hf_reg.") for key in base.__annotations__}
         settings = {key: value for key, value in _defaults(cls).items() if key in ours}
         found.append(_method(name, "adapter", cls, settings))
+    return found
+
+
+def _beside_the_optimizer() -> list[Method]:
+    from ..optimizers import COMPANIONS, StableMaxLoss, strong_weight_decay
+
+    found = [_method(name, "companion", cls, _defaults(cls)) for name, cls in COMPANIONS.items()]
+    made: tuple[tuple[str, str, Any], ...] = (
+        ("stablemax", "loss", StableMaxLoss), ("strong_weight_decay", "preset", strong_weight_decay)
+    )  # fmt: skip
+    for name, kind, thing in made:
+        keywords = [one for one in signature(thing).parameters.values() if one.kind is one.KEYWORD_ONLY]
+        found.append(_method(name, kind, thing, {one.name: one.default for one in keywords}))
     return found
 
 
@@ -136,7 +153,7 @@ def _variants() -> list[Method]:
 
 
 def known_methods() -> list[Method]:
-    """Every method: patches, penalties, adapters and variants of RPO, those of other packages included."""
+    """Every method, those of other packages included."""
     from ..patching import known_patches
     from ..recipes import known_penalties
 
@@ -145,7 +162,7 @@ def known_methods() -> list[Method]:
     for name, penalty in known_penalties().items():
         settings = {key: value for key, value in _defaults(penalty).items() if key != "name"}
         penalties.append(_method(name, "penalty", penalty, settings))
-    return [*patches, *penalties, *_adapters(), *_variants()]
+    return [*patches, *penalties, *_beside_the_optimizer(), *_adapters(), *_variants()]
 
 
 def find_method(name: str) -> Method:

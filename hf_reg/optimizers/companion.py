@@ -33,6 +33,7 @@ class Companion(TrainerCallback):
     """
 
     NAME: ClassVar[str] = ""
+    FORMULA: ClassVar[str] = ""
 
     def prepare(self, model: nn.Module) -> None:
         """Called with the unwrapped model as it is before training, and before a checkpoint is loaded into it."""

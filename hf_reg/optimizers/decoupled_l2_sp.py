@@ -48,6 +48,9 @@ class DecoupledL2SP(Companion):
     """
 
     NAME: ClassVar[str] = "decoupled_l2_sp"
+    FORMULA: ClassVar[str] = (
+        "p <- p - lr alpha (p - p0) after the optimizer's step; of new parameters p <- p - lr beta p"
+    )
 
     alpha: float = 0.1
     beta: float = 0.0

@@ -71,6 +71,7 @@ class GradientDropout(Companion):
     """
 
     NAME: ClassVar[str] = "gradient_dropout"
+    FORMULA: ClassVar[str] = "g <- g ((1 - rate) + rate [P > U]), P = (1 + sign(g) (g + g_kl) / (|g| + |g_kl|)) / 2"
 
     rate: float = 1.0
     temperature: float = 1.0

@@ -102,6 +102,9 @@ class PerpGrad(Companion):
     """
 
     NAME: ClassVar[str] = "perp_grad"
+    FORMULA: ClassVar[str] = (
+        "g <- g' ||g|| / ||g'||, g' = g - (<w, g> / <w, w>) w, for each weight w and its gradient g"
+    )
 
     parameters: str = "all"
 

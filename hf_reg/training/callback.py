@@ -39,7 +39,8 @@ class RegularizationCallback(TrainerCallback):
                     f"Adapter {name!r} takes a step of its own after the optimizer's (orthonormality='decoupled'), "
                     "which DeepSpeed's copies of the weights would undo. Set orthonormality='coupled', or use FSDP2."
                 )
-        note_training(self.trainer.bare_model, self.trainer._own_penalties, args.seed)  # of a new trial, too
+        trainer = self.trainer
+        note_training(trainer.bare_model, trainer._own_penalties, args.seed, trainer.companions)  # of a new trial, too
         seed_rank(args.seed, data_parallel(self.trainer.accelerator)[0])
 
     def on_optimizer_step(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:

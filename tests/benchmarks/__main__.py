@@ -13,14 +13,14 @@ import torch
 from rich.console import Console
 from rich.table import Table
 
-from . import balora, drophead, factorized, patches, rpo, sorsa, svd, tlm, trainer
+from . import balora, companions, drophead, factorized, patches, rpo, sorsa, svd, tlm, trainer
 from .timing import Row
 
 
 RESULTS = Path(__file__).with_name("results.md")
 SECTIONS = {
     module.__name__.rpartition(".")[2]: module
-    for module in (tlm, drophead, patches, factorized, trainer, svd, sorsa, balora, rpo)
+    for module in (tlm, drophead, patches, factorized, trainer, companions, svd, sorsa, balora, rpo)
 }
 COLUMNS = ("section", "case", "ours", "peer", "ratio", "quartiles", "target", "met")
 

@@ -13,9 +13,10 @@ import pytest
 import torch
 from peft import PeftModel
 
-from hf_reg import patch_model
+from hf_reg import RegularizedTrainer, patch_model
 from hf_reg.cards import Facts, Use, card_of, check_metadata, facts_of, write_card
 from hf_reg.cards.methods import MEASURED, cost_of, method_of
+from hf_reg.optimizers import COMPANIONS, DecoupledL2SP
 from hf_reg.patching import known_patches
 from hf_reg.recipes import known_penalties
 from hf_reg.seams.attention import gates
@@ -66,13 +67,14 @@ def test_methods_with_formula_source_and_settings(trainers: dict[str, Any]) -> N
 
 def test_every_method_has_a_formula_and_a_source() -> None:
     found = [("patch", name) for name in known_patches()] + [("penalty", name) for name in known_penalties()]
+    found += [("companion", name) for name in COMPANIONS]
     assert len(found) > 10
     for kind, name in [*found, ("adapter", "sorsa"), ("adapter", "ba_lora"), ("adapter", "lora")]:
         method = method_of(Use(kind, name))
         assert method.summary and method.formula, name
         assert bool(method.paper) is (name not in ("l1", "l2", "ffn_dropout", "standout")), name  # which are on arXiv
     assert method_of(Use("loss", "rpo")).paper == "2405.16436" and method_of(Use("patch", "gone")).summary == ""
-    assert "of the user's own" in method_of(Use("penalty", "l2_sp", method="custom")).summary
+    assert "user's own" in method_of(Use("penalty", "l2_sp", method="custom")).summary
     assert method_of(Use("penalty", "anchor", method="l2_sp")).paper == "1802.01483"
 
 
@@ -81,7 +83,29 @@ def test_the_quoted_costs_are_measured_ones() -> None:
         method, _, variant = name.partition(", ")
         cost = cost_of(Use("patch", method, {variant: "True"} if variant else {}))
         assert cost is not None and cost[:4] == row and 0.2 < cost.ratio < 3
+    for name in ("l2_sp", "r_drop", "confidence"):
+        cost = cost_of(Use("penalty", name))
+        assert cost is not None and cost.ours == name and "peak memory" not in cost.case
     assert cost_of(Use("patch", "head_mask")) is None
+
+
+def test_companions_are_on_the_card(tmp_path: Path) -> None:
+    from ..adapters.models import build
+    from ..adapters.test_storage import batches
+    from ..checkpoints.test_block import arguments
+
+    trainer = RegularizedTrainer(
+        model=build(),
+        args=arguments(tmp_path),
+        train_dataset=batches(),
+        companions={"decoupled_l2_sp": {"alpha": 0.3}},
+    )
+    trainer.save_model(str(tmp_path / "out"))
+    for source in (trainer, tmp_path / "out"):
+        text = str(card_of(source))
+        assert "`decoupled_l2_sp` (companion)" in text and "`alpha=0.3`" in text and "arxiv:1802.01483" in text
+        assert DecoupledL2SP.FORMULA in text and "give the trainer `companions=`" in text
+        assert "No patch" not in text
 
 
 def test_results_beside_the_baseline(trainers: dict[str, Any]) -> None:
@@ -231,4 +255,4 @@ def test_what_is_no_source_and_no_fact(folder: Path) -> None:
         card_of(bert(), base_model="../base")
     with pytest.raises(ValueError, match="is no folder"):
         write_card(folder / "missing", bert())
-    assert "no patch, no penalty" in str(card_of(bert())) and "not evaluated on held-out" in str(card_of(bert()))
+    assert "no patch, penalty" in str(card_of(bert())) and "not evaluated on held-out" in str(card_of(bert()))

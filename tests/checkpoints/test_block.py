@@ -28,6 +28,7 @@ from hf_reg import (
 from hf_reg.base import Penalty
 from hf_reg.checkpoints.block import note_training
 from hf_reg.checkpoints.reading import read_block
+from hf_reg.optimizers import Companion, DecoupledL2SP, PerpGrad
 from hf_reg.patches import TLM, DropHead, HeadMask
 from hf_reg.penalties import EWC, PENALTIES
 from hf_reg.recipes import make_penalties
@@ -199,6 +200,34 @@ def test_the_trainer_adds_penalties_and_seed(tmp_path: Path) -> None:
     assert recipe.penalties[0].schedule == linear(end=0.5) and recipe.seed == 7
     unpatch_model(model)  # it was trained with them all the same
     assert block(model) == found | {"patches": {}}
+
+
+def test_companions_are_named_where_there_are_any(tmp_path: Path) -> None:
+    class Own(Companion):
+        NAME = "own"
+
+    model = build()
+    given = [DecoupledL2SP(alpha=0.2), Own()]
+    trainer = RegularizedTrainer(
+        model=model, args=arguments(tmp_path), train_dataset=batches(), companions=given, callbacks=[PerpGrad()]
+    )
+    found = block(model)["companions"]
+    assert list(found) == ["decoupled_l2_sp", "own", "perp_grad"] and found["own"] == {"method": "custom"}
+    assert found["decoupled_l2_sp"]["alpha"] == 0.2 and found["perp_grad"] == {"parameters": "all"}
+    trainer.save_model(str(tmp_path / "out"))
+    recipe = read_block(saved(tmp_path / "out"))
+    assert [type(one) for one in recipe.companions] == [DecoupledL2SP, PerpGrad] and recipe.companions[0].alpha == 0.2
+    before = block(model)
+    patch_model(model, "tlm")
+    assert block(model)["companions"] == found
+    unpatch_model(model)
+    assert block(model) == before
+    for wrong, said in (
+        ({"sgd": {}}, "unknown companion 'sgd'"), ([], "expected an object of names"),
+        ({"perp_grad": {"parameters": "none"}}, "parameters='none'"), ({"perp_grad": {"of": 1}}, "no setting 'of'"),
+    ):  # fmt: skip
+        with pytest.raises(ValueError, match=said):
+            read_block(before | {"companions": wrong})
 
 
 def test_penalties_without_patches_and_neither(tmp_path: Path) -> None:
