@@ -3,13 +3,14 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
+from functools import partial
 from typing import Any, ClassVar
 
 import torch
 from torch import nn
 
 from hf_reg.base import Patch, RateGate, check_choice, check_range
-from hf_reg.draws.units import stay
+from hf_reg.draws.units import stay, stay_and_scale
 from hf_reg.seams.own_attention import SeamHook
 from hf_reg.seams.projection import follow
 from hf_reg.sites.ffn import FfnSite
@@ -129,11 +130,10 @@ class StandoutGate(RateGate):
                 f"{tuple(states.shape)}; leave such FFNs out (`layers=`, `submodel=`), or report the model."
             )
         rate = self.rate if torch.compiler.is_compiling() else self.p * self.factor
-        keep = keep_probability(z, rate, self.patch.alpha, self.patch.beta)
-        if not self.training:
-            return states * keep
-        mask = stay(keep)
-        return states * (mask if self.patch.in_eval else mask.div_(keep))
+        keep_of = partial(keep_probability, p=rate, alpha=self.patch.alpha, beta=self.patch.beta)
+        if not self.patch.in_eval:
+            return states * stay_and_scale(z, keep_of)
+        return states * (stay(keep_of(z)) if self.training else keep_of(z))
 
     def notes(self) -> str:
         return "evaluation multiplies by the keep probability" if self.patch.in_eval else ""

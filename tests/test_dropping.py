@@ -5,7 +5,7 @@ from __future__ import annotations
 import pytest
 import torch
 
-from hf_reg.draws.units import drop_units, stay
+from hf_reg.draws.units import drop_units, stay, stay_and_scale
 
 
 @pytest.mark.parametrize("rate", [0.0, 0.1, 0.5, 0.9])
@@ -67,3 +67,18 @@ def test_a_probability_for_each_unit(dtype: torch.dtype) -> None:
     shares = stays.float().mean(0)
     assert shares[0] == 0 and shares[3] == 1
     torch.testing.assert_close(shares, keep[0].float(), atol=0.015, rtol=0)
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+@pytest.mark.parametrize("rows", [3, 20_000])  # below and above what is drawn at a time
+def test_what_stays_is_scaled_so_that_the_mean_stays(dtype: torch.dtype, rows: int) -> None:
+    z = torch.tensor([-2.0, 0.0, 2.0, 9.0, 1.0]).repeat(rows, 1).to(dtype).requires_grad_()
+    for like in (z, z[:, 1:4], z.T):
+        scale = stay_and_scale(like, torch.sigmoid)
+        keep = torch.sigmoid(like.detach())
+        assert scale.shape == like.shape and scale.dtype == dtype and not scale.requires_grad
+        stays = scale != 0
+        torch.testing.assert_close(scale[stays], 1 / keep[stays])
+        if rows > 3:
+            rows_of = -1 if like.shape[-1] == rows else 0
+            torch.testing.assert_close(stays.float().mean(rows_of), keep.float().mean(rows_of), atol=0.015, rtol=0)

@@ -6,13 +6,15 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from typing import Any
 
 import torch
 
 
-__all__ = ["drop_units", "stay"]
+__all__ = ["drop_units", "stay", "stay_and_scale"]
 
+PIECE = 65536  # units at a time: what a step of arithmetic leaves behind stays in the cache of a core; as measured
 LEVELS = 65536  # 16 bits a unit: a rate is met to 8e-6, and the mean exactly, since what is met is what is scaled by
 
 
@@ -43,6 +45,26 @@ def stay(keep: torch.Tensor) -> torch.Tensor:
         return (torch.rand(keep.shape, device=keep.device) < keep).to(keep.dtype)
     levels = keep.float().mul(LEVELS).sub_(LEVELS // 2)  # a new tensor, also where `keep` is fp32 itself
     return torch.lt(_bits(keep.shape).float(), levels, out=levels).to(keep.dtype)
+
+
+def stay_and_scale(like: torch.Tensor, keep_of: Callable[[torch.Tensor], torch.Tensor]) -> torch.Tensor:
+    """1 / keep with probability keep, and else 0: what to multiply units by, so that their mean stays.
+
+    Args:
+        like (`torch.Tensor`): of any shape; what follows has it too, without a gradient.
+        keep_of (`Callable`): the probability to keep each unit, in (0, 1], a new tensor, of `like` or a piece of it.
+    """
+    like = like.detach()
+    if like.device.type != "cpu" or torch.compiler.is_compiling():
+        keep = keep_of(like)
+        return stay(keep).div_(keep)
+    scale = torch.empty(like.shape, dtype=like.dtype)
+    pieces = (one.reshape(-1).split(PIECE) for one in (like, _bits(like.shape), scale))
+    for piece, bits, out in zip(*pieces, strict=True):
+        keep = keep_of(piece).float()
+        levels = keep.mul(LEVELS).sub_(LEVELS // 2)
+        torch.div(torch.lt(bits.float(), levels, out=levels), keep, out=out)
+    return scale
 
 
 def drop_units(states: torch.Tensor, rate: float) -> torch.Tensor:
