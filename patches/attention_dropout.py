@@ -22,7 +22,8 @@ class AttentionDropout(Patch):
     From *Attention Is All You Need* (NeurIPS 2017, arXiv 1706.03762): the paper's code, not its text, drops attention
     probabilities too. Entries of softmax(QK / sqrt(d)) are dropped one by one and the others scaled by 1 / (1 - p). It
     *replaces* the rate that the model has, through the model's own code; that and the configuration are as before
-    after `unpatch_model`. `set_dropout(model, attention=p)` does the same for good, configuration included.
+    after `unpatch_model`. `set_dropout(model, attention=p)` does the same for good, configuration included. On a CPU
+    the masks are drawn and applied by code of our own (`hf_reg/seams/dropped.py`), which is faster than sdpa's.
 
     Args:
         p (`float`, *optional*, defaults to 0.1): probability to drop an entry, in [0, 1). BERT's.

@@ -62,7 +62,10 @@ def test_rates_follow_the_schedule_and_come_back_exactly(model_type: str) -> Non
 @pytest.fixture
 def same_draws(monkeypatch: pytest.MonkeyPatch) -> None:
     """The masks of torch's own dropout, which stock modules draw."""
-    monkeypatch.setattr("hf_reg.base.drop_units", torch.nn.functional.dropout)
+    for place in ("hf_reg.base", "hf_reg.seams.dropped"):
+        monkeypatch.setattr(f"{place}.drop_units", torch.nn.functional.dropout)
+    attention = torch.nn.functional.scaled_dot_product_attention
+    monkeypatch.setattr("hf_reg.seams.dropped.dropped_attention", attention)
 
 
 @pytest.mark.usefixtures("same_draws")

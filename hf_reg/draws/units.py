@@ -12,7 +12,7 @@ from typing import Any
 import torch
 
 
-__all__ = ["drop_units", "stay", "stay_and_scale"]
+__all__ = ["LEVELS", "drop_units", "random_bits", "stay", "stay_and_scale"]
 
 PIECE = 65536  # units at a time: what a step of arithmetic leaves behind stays in the cache of a core; as measured
 LEVELS = 65536  # 16 bits a unit: a rate is met to 8e-6, and the mean exactly, since what is met is what is scaled by
@@ -33,8 +33,8 @@ class _Masked(torch.autograd.Function):
         return keep.to(grads[0].dtype).mul_(ctx.scale).mul_(grads[0]), None, None
 
 
-def _bits(shape: torch.Size) -> torch.Tensor:
-    """Uniform int16, four from each draw."""
+def random_bits(shape: torch.Size) -> torch.Tensor:
+    """Uniform int16 of this shape on the CPU, four from each draw."""
     bits = torch.empty((shape.numel() + 3) // 4, dtype=torch.int64).random_(-(2**63), None)
     return bits.view(torch.int16)[: shape.numel()].view(shape)
 
@@ -44,7 +44,7 @@ def stay(keep: torch.Tensor) -> torch.Tensor:
     if keep.device.type != "cpu" or torch.compiler.is_compiling():
         return (torch.rand(keep.shape, device=keep.device) < keep).to(keep.dtype)
     levels = keep.float().mul(LEVELS).sub_(LEVELS // 2)  # a new tensor, also where `keep` is fp32 itself
-    return torch.lt(_bits(keep.shape).float(), levels, out=levels).to(keep.dtype)
+    return torch.lt(random_bits(keep.shape).float(), levels, out=levels).to(keep.dtype)
 
 
 def stay_and_scale(like: torch.Tensor, keep_of: Callable[[torch.Tensor], torch.Tensor]) -> torch.Tensor:
@@ -59,7 +59,7 @@ def stay_and_scale(like: torch.Tensor, keep_of: Callable[[torch.Tensor], torch.T
         keep = keep_of(like)
         return stay(keep).div_(keep)
     scale = torch.empty(like.shape, dtype=like.dtype)
-    pieces = (one.reshape(-1).split(PIECE) for one in (like, _bits(like.shape), scale))
+    pieces = (one.reshape(-1).split(PIECE) for one in (like, random_bits(like.shape), scale))
     for piece, bits, out in zip(*pieces, strict=True):
         keep = keep_of(piece).float()
         levels = keep.mul(LEVELS).sub_(LEVELS // 2)
@@ -81,5 +81,5 @@ def drop_units(states: torch.Tensor, rate: float) -> torch.Tensor:
     if states.device.type != "cpu" or level == LEVELS:
         return torch.nn.functional.dropout(states, rate)
     keep = torch.empty(states.shape, dtype=torch.uint8)
-    torch.ge(_bits(states.shape), level - LEVELS // 2, out=keep)
+    torch.ge(random_bits(states.shape), level - LEVELS // 2, out=keep)
     return _Masked.apply(states, keep, LEVELS / (LEVELS - level))

@@ -8,6 +8,7 @@ the rate as an argument. Any other number is written where the model's forward r
 from __future__ import annotations
 
 from collections.abc import Callable
+from contextlib import nullcontext
 from typing import Any
 
 import torch
@@ -16,6 +17,7 @@ from torch import nn
 from ..base import Patch, RateGate, check_range
 from ..sites.layers import DropoutSite
 from .attention import SEAM, Seam
+from .dropped import QuickDropout
 from .own_attention import SeamHook
 
 
@@ -112,7 +114,9 @@ class PlaceGate(RateGate):
                 return function(module, query, key, value, mask, **kwargs)
             if self.patch.schedule is None or not torch.compiler.is_compiling():
                 given = kwargs | {"dropout": min(self._p * self._factor, 1.0)}
-                return function(module, query, key, value, mask, **given)
+                quick = query.device.type == "cpu" and not torch.compiler.is_compiling()
+                with QuickDropout() if quick else nullcontext():
+                    return function(module, query, key, value, mask, **given)
             return self._attend(function, module, query, key, value, mask, kwargs)
 
         return attend

@@ -1,0 +1,121 @@
+"""Dropout of attention probabilities on a CPU, where sdpa with dropout falls back to code of 1.15 times a whole step.
+
+A few heads at a time, so that their scores stay in the cache of a core, with the masks of `draws/units.py`. All that
+models and transformers do around `scaled_dot_product_attention` stays as it is: only that call is answered here.
+"""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+from torch.autograd.function import once_differentiable
+from torch.nn import functional
+from torch.overrides import TorchFunctionMode
+
+from ..draws.units import LEVELS, drop_units, random_bits
+
+
+__all__ = ["QuickDropout", "dropped_attention"]
+
+SCORES = 1 << 18  # at a time: 1 MiB; our choice, as measured
+
+
+def _pieces(batch: int, heads: int, size: int) -> list[tuple[int, slice]]:
+    """Example and heads of each piece of at most `SCORES` scores, or of one head."""
+    width = max(1, SCORES // size)
+    return [(b, slice(h, h + width)) for b in range(batch) for h in range(0, heads, width)]
+
+
+class _Attention(torch.autograd.Function):
+    @staticmethod
+    def forward(
+        ctx: Any, query: torch.Tensor, key: torch.Tensor, value: torch.Tensor, mask: torch.Tensor | None,
+        level: int, scale: float,
+    ) -> torch.Tensor:  # fmt: skip
+        batch, heads, rows, _ = query.shape
+        shape = (batch, heads, rows, key.shape[2])
+        probabilities, keep = query.new_empty(shape), torch.empty(shape, dtype=torch.uint8)
+        output = query.new_empty(*shape[:3], value.shape[3])
+        mask = mask if mask is None else mask.expand(shape)
+        up = LEVELS / (LEVELS - level)
+        for place in _pieces(batch, heads, rows * shape[3]):
+            scores, kept = probabilities[place], keep[place]
+            torch.baddbmm(scores, query[place], key[place].transpose(1, 2), beta=0, alpha=scale, out=scores)
+            if mask is not None:
+                scores.masked_fill_(~mask[place], -torch.inf) if mask.dtype == torch.bool else scores.add_(mask[place])
+                blind = scores.amax(-1, keepdim=True) == -torch.inf  # as padding is: sdpa gives 0 there
+            torch.softmax(scores, -1, out=scores)
+            if mask is not None:
+                scores.masked_fill_(blind, 0)
+            torch.ge(random_bits(kept.shape), level - LEVELS // 2, out=kept)
+            torch.bmm(kept.to(scores.dtype).mul_(up).mul_(scores), value[place], out=output[place])
+        ctx.save_for_backward(query, key, value, probabilities, keep)
+        ctx.up, ctx.scale = up, scale
+        return output
+
+    @staticmethod
+    @once_differentiable
+    def backward(ctx: Any, grad: torch.Tensor) -> tuple[Any, ...]:
+        query, key, value, probabilities, keep = ctx.saved_tensors
+        of_query, of_key, of_value = torch.empty_like(query), torch.empty_like(key), torch.empty_like(value)
+        for place in _pieces(*probabilities.shape[:2], probabilities.shape[2] * probabilities.shape[3]):
+            chances, out = probabilities[place], grad[place]
+            kept = keep[place].to(chances.dtype).mul_(ctx.up)
+            torch.bmm((chances * kept).transpose(1, 2), out, out=of_value[place])
+            change = torch.bmm(out, value[place].transpose(1, 2)).mul_(kept)
+            change = change.sub_((change * chances).sum(-1, keepdim=True)).mul_(chances).mul_(ctx.scale)
+            torch.bmm(change, key[place], out=of_query[place])
+            torch.bmm(change.transpose(1, 2), query[place], out=of_key[place])
+        return of_query, of_key, of_value, None, None, None
+
+
+def dropped_attention(
+    query: torch.Tensor, key: torch.Tensor, value: torch.Tensor, attn_mask: torch.Tensor | None = None,
+    dropout_p: float = 0.0, is_causal: bool = False, *, scale: float | None = None, enable_gqa: bool = False,
+) -> torch.Tensor:  # fmt: skip
+    """`torch.nn.functional.scaled_dot_product_attention` with dropout, faster on a CPU; elsewhere, that function.
+
+    Args:
+        query (`torch.Tensor` of shape `(B, H, Tq, D)`), key and value (`(B, H, Tk, D)`): in fp32 or fp64 and without
+            autocast for the quick way, which has no second derivative.
+        attn_mask, dropout_p, is_causal, scale, enable_gqa: as there.
+
+    Returns:
+        `torch.Tensor` of shape `(B, H, Tq, D)`.
+    """
+    level = round(dropout_p * LEVELS)
+    states = query, key, value
+    learned = attn_mask is not None and (attn_mask.requires_grad or attn_mask.dim() > 4)
+    if (
+        not 0 < level < LEVELS
+        or any(one.dim() != 4 or one.device.type != "cpu" or len(one) != len(query) for one in states)
+        or query.dtype not in (torch.float32, torch.float64)
+        or torch.is_autocast_enabled("cpu")
+        or learned
+    ):
+        return functional.scaled_dot_product_attention(
+            *states, attn_mask, dropout_p, is_causal, scale=scale, enable_gqa=enable_gqa
+        )
+    if enable_gqa:
+        key, value = (one.repeat_interleave(query.shape[1] // one.shape[1], dim=1) for one in (key, value))
+    if is_causal:
+        attn_mask = torch.ones(query.shape[2], key.shape[2], dtype=torch.bool).tril_()
+    scale = query.shape[-1] ** -0.5 if scale is None else scale
+    return _Attention.apply(query, key, value, attn_mask, level, scale)
+
+
+class QuickDropout(TorchFunctionMode):
+    """While it is entered, attention with dropout and dropout itself are those of this package."""
+
+    def __torch_function__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        kwargs = kwargs or {}
+        if func is functional.scaled_dot_product_attention:
+            return dropped_attention(*args, **kwargs)
+        if func is functional.dropout:
+            return _dropout(*args, **kwargs)
+        return func(*args, **kwargs)
+
+
+def _dropout(input: torch.Tensor, p: float = 0.5, training: bool = True, inplace: bool = False) -> torch.Tensor:
+    return drop_units(input, p) if training and not inplace else functional.dropout(input, p, training, inplace)
