@@ -6,6 +6,7 @@ models and transformers do around `scaled_dot_product_attention` stays as it is:
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from typing import Any
 
 import torch
@@ -21,9 +22,10 @@ __all__ = ["QuickDropout", "dropped_attention"]
 SCORES = 1 << 18  # at a time: 1 MiB; our choice, as measured
 
 
-def _pieces(batch: int, heads: int, size: int) -> list[tuple[int, slice]]:
-    """Example and heads of each piece of at most `SCORES` scores, or of one head."""
-    width = max(1, SCORES // size)
+def _pieces(shape: Sequence[int]) -> list[tuple[int, slice]]:
+    """Example and heads of each piece of (B, H, Tq, Tk): at most `SCORES` scores, or one head."""
+    batch, heads, rows, keys = shape
+    width = max(1, SCORES // (rows * keys))
     return [(b, slice(h, h + width)) for b in range(batch) for h in range(0, heads, width)]
 
 
@@ -39,7 +41,7 @@ class _Attention(torch.autograd.Function):
         output = query.new_empty(*shape[:3], value.shape[3])
         mask = mask if mask is None else mask.expand(shape)
         up = LEVELS / (LEVELS - level)
-        for place in _pieces(batch, heads, rows * shape[3]):
+        for place in _pieces(shape):
             scores, kept = probabilities[place], keep[place]
             torch.baddbmm(scores, query[place], key[place].transpose(1, 2), beta=0, alpha=scale, out=scores)
             if mask is not None:
@@ -59,7 +61,7 @@ class _Attention(torch.autograd.Function):
     def backward(ctx: Any, grad: torch.Tensor) -> tuple[Any, ...]:
         query, key, value, probabilities, keep = ctx.saved_tensors
         of_query, of_key, of_value = torch.empty_like(query), torch.empty_like(key), torch.empty_like(value)
-        for place in _pieces(*probabilities.shape[:2], probabilities.shape[2] * probabilities.shape[3]):
+        for place in _pieces(probabilities.shape):
             chances, out = probabilities[place], grad[place]
             kept = keep[place].to(chances.dtype).mul_(ctx.up)
             torch.bmm((chances * kept).transpose(1, 2), out, out=of_value[place])
