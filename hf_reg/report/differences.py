@@ -11,7 +11,7 @@ from .style import BLACK, BLUE, GREY, VERMILLION, drawn, plain, sheet
 
 __all__ = ["difference_plot", "step_costs"]
 
-MARKS = {  # of each verdict: shape and filling say the same as the colour
+MARKS: dict[str, dict[str, Any]] = {  # of each verdict: shape and filling say the same as the colour
     VERDICTS[0]: {"marker": "^", "color": BLUE, "markerfacecolor": BLUE},
     VERDICTS[1]: {"marker": "v", "color": VERMILLION, "markerfacecolor": VERMILLION},
     VERDICTS[2]: {"marker": "o", "color": GREY, "markerfacecolor": "white"},

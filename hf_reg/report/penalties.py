@@ -58,10 +58,10 @@ def penalty_shares(history: Any) -> Any:
     axes[0].set(ylim=(0, 1), title="Share of the training loss")
     axes[0].margins(x=0)
     if gradient:
-        found = looks([name for name in names if name != "task"])
-        found["task"] = {"color": GREY, "linestyle": "-", "marker": "o"}
+        styles = looks([name for name in names if name != "task"])
+        styles["task"] = {"color": GREY, "linestyle": "-", "marker": "o"}
         for name, (at, values) in gradient.items():
-            axes[1].plot(at, values, label=plain(name), markevery=max(len(at) // 10, 1), **found[name])
+            axes[1].plot(at, values, label=plain(name), markevery=max(len(at) // 10, 1), **styles[name])
         axes[1].set(ylim=(0, 1), title="Share of the gradient's norm")
         axes[1].legend(loc="center left", bbox_to_anchor=(1, 0.5))
     for axis in axes:

@@ -11,7 +11,8 @@ from typing import Any, ParamSpec, TypeVar
 
 __all__ = ["COLOURS", "GREY", "LINES", "MARKERS", "drawn", "in_style", "looks", "picture", "plain", "sheet"]
 
-Arguments, Made = ParamSpec("Arguments"), TypeVar("Made")
+Arguments = ParamSpec("Arguments")
+Made = TypeVar("Made")
 
 # Okabe and Ito's (Color Universal Design, 2008) without the yellow, which cannot be read on white
 BLUE, ORANGE, GREEN, PURPLE, VERMILLION, SKY, BLACK = COLOURS = (
