@@ -10,7 +10,7 @@ from typing import Any
 
 from .history import Log, Series, find_series, logs_of, need_series
 from .reading import Results, read_results
-from .style import BLACK, BLUE, VERMILLION, drawn, looks, plain, sheet
+from .style import BLACK, BLUE, VERMILLION, drawn, ends, looks, plain, sheet
 
 
 __all__ = ["learning_curves", "loss_curves"]
@@ -44,9 +44,13 @@ def learning_curves(folder: str | os.PathLike[str] | Results, measure: str | Non
         rows = [row for size in sizes if (row := results.rows.get((method, size, name))) and row["mean"] is not None]
         aside = exp(0.35 * gap * (i - (len(methods) - 1) / 2) / len(methods))
         means = [row["mean"] for row in rows]
-        spread = [[_between(row["mean"], row.get(end)) for row in rows] for end in ("low", "high")]
+        spread = [ends(row) for row in rows]
         axes.errorbar(
-            [row["size"] * aside for row in rows], means, yerr=spread, label=plain(results.labels[method]), **look
+            [row["size"] * aside for row in rows],
+            means,
+            yerr=list(zip(*spread, strict=True)) or None,
+            label=plain(results.labels[method]),
+            **look,
         )
     measured = results.measures[name]
     better = "higher is better" if measured.get("higher_is_better") else "lower is better"
@@ -65,10 +69,6 @@ def learning_curves(folder: str | os.PathLike[str] | Results, measure: str | Non
 def _in_order(methods: Sequence[str], reference: str) -> dict[str, dict[str, Any]]:
     found = looks(methods, reference)
     return {method: found[method] for method in methods}
-
-
-def _between(value: float, end: float | None) -> float:
-    return 0.0 if end is None else abs(value - end)
 
 
 def _runs(histories: Any) -> dict[str, list[list[Log]]]:
