@@ -93,6 +93,12 @@ def _mean(series: Sequence[Series]) -> Series:
     return sorted(at), [mean(at[step]) for step in sorted(at)]
 
 
+def _from_zero(*axes: Any) -> None:
+    """Let the axis that they share begin at 0, unless a value lies below."""
+    if all(axis.dataLim.y0 >= 0 for axis in axes):
+        axes[0].set_ylim(0, None)
+
+
 @drawn
 def loss_curves(histories: Any, *, reference: str | None = None, title: str = "") -> Any:
     """Draw training and held-out loss over the steps.
@@ -132,7 +138,8 @@ def loss_curves(histories: Any, *, reference: str | None = None, title: str = ""
             steps, values = _mean([find_series(logs, *keys) for logs in own])
             axis.plot(steps, values, label=plain(label), markevery=max(len(steps) // 8, 1), **found[label])
         axis.set(title=f"{name} loss", xlabel="step")
-    axes[0].set(ylabel="loss", ylim=(0, None))  # after both: the axis is one
+    axes[0].set_ylabel("loss")
+    _from_zero(*axes)
     figure.legend(*axes[1].get_legend_handles_labels(), loc="outside lower center", ncols=3)
     figure.suptitle(plain(title, 80)) if title else None
     return figure
@@ -158,6 +165,7 @@ def _one(runs: Sequence[Sequence[Log]], title: str) -> Any:
                 steps[best], values[best], label=f"lowest held-out loss: {values[best]:.3g} at step {steps[best]}",
                 marker="*", markersize=15, color=VERMILLION, linestyle="none", zorder=3,
             )  # fmt: skip
-    axes.set(xlabel="step", ylabel="loss", ylim=(0, None), title=plain(title, 80))
+    axes.set(xlabel="step", ylabel="loss", title=plain(title, 80))
+    _from_zero(axes)
     figure.legend(loc="outside lower center", ncols=3)
     return figure

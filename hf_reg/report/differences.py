@@ -56,7 +56,7 @@ def difference_plot(folder: str | os.PathLike[str] | Results, measure: str | Non
         axes.axvline(0, color=BLACK, linewidth=1)
         for place, method in enumerate(others):
             if not (one := found.get((method, size))):
-                axes.text(0, place, "no cells yet", ha="center", va="center", fontsize=8, color=GREY)
+                axes.annotate("no pair", (0, place), (6, 0), textcoords="offset points", va="center", fontsize=8)
                 continue
             axes.errorbar(
                 one["mean"],

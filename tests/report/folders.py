@@ -56,7 +56,7 @@ def cell(method: str, number: int, skill: float, size: int, seed: int) -> dict[s
     for step in STEPS:
         t = step / 100
         train = 0.69 * float(np.exp(-4 * t)) + 0.02 * (1 + number)
-        held = loss + (0.69 - loss) * float(np.exp(-7 * t)) - 0.12 * float(np.sin(np.pi * t))
+        held = loss + (0.69 - loss) * float(np.exp(-7 * t)) - 0.3 * loss * float(np.sin(np.pi * t))
         history.append(
             {"step": step, "train_loss": train, "eval_loss": held, "accuracy": float(right.mean()) * t**0.1}
         )

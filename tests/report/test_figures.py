@@ -241,6 +241,8 @@ def test_curves_of_seeds_are_means() -> None:
     assert {line.get_label(): to_hex(line.get_color()) for line in left.get_lines()}["b"] == style.BLACK
     low, high = right.get_ylim()
     assert low == 0 and high > 3 and left.get_ylim() == right.get_ylim()
+    (axes,) = report.loss_curves([{"step": 1, "loss": 1.0}, {"step": 2, "loss": -1.0}]).axes
+    assert axes.get_ylim()[0] < -1
 
 
 def test_histories_that_cannot_be_drawn() -> None:
