@@ -10,7 +10,7 @@ from typing import Any
 
 from .history import Log, Series, find_series, logs_of, need_series
 from .reading import Results, read_results
-from .style import BLACK, BLUE, VERMILLION, drawn, ends, looks, plain, sheet
+from .style import BLACK, BLUE, VERMILLION, drawn, ends, legend_below, looks, plain, sheet
 
 
 __all__ = ["learning_curves", "loss_curves"]
@@ -62,7 +62,7 @@ def learning_curves(folder: str | os.PathLike[str] | Results, measure: str | Non
         xlabel="training examples", ylabel=f"{plain(measured.get('label') or name)} ({better})",
         title=f"Mean of {seeds} seed{'s' * (seeds != 1)}, with its 95 % interval",
     )  # fmt: skip
-    figure.legend(loc="outside lower center", ncols=3)
+    legend_below(figure, *axes.get_legend_handles_labels())
     return figure
 
 
@@ -140,7 +140,7 @@ def loss_curves(histories: Any, *, reference: str | None = None, title: str = ""
         axis.set(title=f"{name} loss", xlabel="step")
     axes[0].set_ylabel("loss")
     _from_zero(*axes)
-    figure.legend(*axes[1].get_legend_handles_labels(), loc="outside lower center", ncols=3)
+    legend_below(figure, *axes[1].get_legend_handles_labels())
     figure.suptitle(plain(title, 80)) if title else None
     return figure
 
@@ -167,5 +167,5 @@ def _one(runs: Sequence[Sequence[Log]], title: str) -> Any:
             )  # fmt: skip
     axes.set(xlabel="step", ylabel="loss", title=plain(title, 80))
     _from_zero(axes)
-    figure.legend(loc="outside lower center", ncols=3)
+    legend_below(figure, *axes.get_legend_handles_labels())
     return figure

@@ -6,7 +6,7 @@ import os
 from typing import Any
 
 from .reading import VERDICTS, Results, read_results
-from .style import BLACK, BLUE, GREY, VERMILLION, drawn, ends, plain, sheet
+from .style import BLACK, BLUE, GREY, VERMILLION, drawn, ends, legend_below, plain, sheet
 
 
 __all__ = ["difference_plot", "step_costs"]
@@ -79,8 +79,8 @@ def difference_plot(folder: str | os.PathLike[str] | Results, measure: str | Non
     better = "higher" if results.measures[name].get("higher_is_better") else "lower"
     label = plain(results.measures[name].get("label") or name)
     figure.suptitle(f"{label}: difference to {plain(results.labels[results.reference])} ({better} is better)")
-    marks = [Line2D([], [], label=verdict, linestyle="none", markersize=7, **mark) for verdict, mark in MARKS.items()]
-    figure.legend(handles=marks, loc="outside lower center", ncols=3)
+    marks = [Line2D([], [], linestyle="none", markersize=7, **mark) for mark in MARKS.values()]
+    legend_below(figure, marks, list(MARKS))
     return figure
 
 

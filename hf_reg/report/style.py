@@ -9,7 +9,20 @@ from contextlib import contextmanager
 from typing import Any, ParamSpec, TypeVar
 
 
-__all__ = ["COLOURS", "GREY", "LINES", "MARKERS", "drawn", "ends", "in_style", "looks", "picture", "plain", "sheet"]
+__all__ = [
+    "COLOURS",
+    "GREY",
+    "LINES",
+    "MARKERS",
+    "drawn",
+    "ends",
+    "in_style",
+    "legend_below",
+    "looks",
+    "picture",
+    "plain",
+    "sheet",
+]
 
 Arguments = ParamSpec("Arguments")
 Made = TypeVar("Made")
@@ -101,6 +114,13 @@ def plain(text: object, longest: int = LONGEST) -> str:
     line = " ".join(str(text).split())
     line = line if len(line) <= longest else f"{line[: longest - 1]}…"
     return (f" {line}" if line.startswith("_") else line).replace("$", r"\$")
+
+
+def legend_below(figure: Any, handles: Sequence[Any], labels: Sequence[str]) -> None:
+    """Below all plots, in as many columns, up to three, as the longest label leaves room for."""
+    column = 0.075 * max((len(label) for label in labels), default=0) + 0.6  # inches: letters of 9 points, and a line
+    columns = min(max(int(figure.get_figwidth() / column), 1), 3)
+    figure.legend(handles, labels, loc="outside lower center", ncols=columns)
 
 
 def picture(figure: Any, kind: str, dpi: int = 150) -> bytes:

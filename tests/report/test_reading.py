@@ -134,6 +134,8 @@ def test_learning_curves_are_the_rows(folder: Path) -> None:
 def test_differences_are_the_rows(folder: Path) -> None:
     results = read_results(folder)
     figure = difference_plot(folder)
+    names = [text.get_text() for text in figure.axes[0].get_yticklabels()]
+    assert names == [results.labels[method] for method in results.methods[1:]]
     filled = {"better": "^", "worse": "v", "no difference shown": "o"}
     for axes, size in zip(figure.axes, (25, 100), strict=True):
         assert axes.get_title() == f"{size} examples"
