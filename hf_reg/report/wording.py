@@ -86,8 +86,8 @@ def answer(results: Results) -> list[str]:
     level = f"at a level of {_percent(results.summary['alpha'])} (Holm's correction over the methods)"
     said = [f"By {label}, against {reference}, {level}:"]
     if all(verdict == NONE for verdict in verdicts):
-        same = f"no method is shown to differ from {reference} {level}"
-        said = [f"No difference shown: by {label}, {same}, at any size compared."]
+        none = f"no method is shown to differ from {reference} {level}"
+        said = [f"No difference shown: by {label}, {none}, at any size compared."]
     for size, found in by_size.items():
         parts = []
         for verdict, verb in ((BETTER, "better"), (WORSE, "worse")):
