@@ -275,7 +275,7 @@ class RegularizerMixin(WeightsMixin):
             if self.penalties:
                 logs |= {f"loss_{name}": value / steps for name, value in terms.items()}
             logs |= {f"share_{name}": value for name, value in self._shares.mean(self._over_processes).items()}
-            logs |= self._around.measured.mean(self._over_processes)
+            logs |= self._around.read(self._over_processes)
             logs |= {"skipped_steps": float(self.skipped_steps)} if self.skipped_steps else {}
             self._logged_step = self.state.global_step
         super().log(logs, *args, **kwargs)
