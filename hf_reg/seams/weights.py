@@ -139,7 +139,7 @@ class _Ran(SeamHook):
     def __call__(self, module: nn.Module, args: Any) -> None:
         if not torch.compiler.is_compiling():
             for gate in self.owner.children():
-                gate.ran = True  # type: ignore[assignment]
+                gate.ran = True
 
 
 class _Stays(SeamHook):

@@ -67,7 +67,8 @@ class Activity:
             now = [(_rate(place), place[0].training) for place in self._places]
             self._add("dropout_rate", sum(rate for rate, _ in now) / len(now))
             on = [training for rate, training in now if rate > 0]
-            self._add("dropout_on", sum(on) / len(on) if on else 0.0)
+            if on:
+                self._add("dropout_on", sum(on) / len(on))
 
     def read(self, device: torch.device) -> Terms:
         """The means since the last time."""
