@@ -7,7 +7,7 @@ from typing import Any
 
 import torch
 from torch import nn
-from transformers import AutoConfig, BertForSequenceClassification, Trainer, TrainingArguments
+from transformers import AutoConfig, BertForSequenceClassification, TrainingArguments
 
 from hf_reg import RegularizedTrainer, RegularizedTrainingArguments
 
@@ -76,6 +76,3 @@ def without_dropout(model: nn.Module) -> nn.Module:
         if isinstance(module, nn.Dropout):
             module.p = 0.0
     return model
-
-
-PLAIN = Trainer

@@ -6,7 +6,7 @@ import math
 import re
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
-from statistics import fmean
+from statistics import fmean, median
 
 
 __all__ = ["TOLERANCE", "Curves", "Point", "penalty_names", "shares_of"]
@@ -73,9 +73,10 @@ class Curves:
 
     @property
     def noise(self) -> float:
-        """Standard deviation of one training log around the curve, from neighbours."""
-        steps = [(b - a) ** 2 for (_, a), (_, b) in zip(self.train, self.train[1:], strict=False)]
-        return math.sqrt(fmean(steps) / 2) if steps else 0.0
+        """Standard deviation of one training log around the curve: from the median difference of neighbours, which
+        few large jumps do not sway, for normal noise."""
+        steps = [abs(b - a) for (_, a), (_, b) in zip(self.train, self.train[1:], strict=False)]
+        return median(steps) / (0.6745 * math.sqrt(2)) if steps else 0.0
 
     @property
     def best(self) -> Point:

@@ -47,6 +47,15 @@ class RunRecord:
     weight_decay: float | None = None
     remarks: list[str] = field(default_factory=list)
 
+    @property
+    def name(self) -> str:
+        """Of its folder, for a title."""
+        path = Path(self.source)
+        if path.suffix != ".json":
+            return self.source
+        inside = re.fullmatch(r"checkpoint-\d+", path.parent.name)
+        return "/".join(path.absolute().parts[-3 if inside else -2 : -1])
+
 
 def _is_number(value: Any) -> bool:
     """Also NaN and infinity; integers as far as a float holds them."""

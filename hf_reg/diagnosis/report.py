@@ -65,12 +65,18 @@ class OverfitReport(Shown):
     run: RunRecord = field(repr=False)
     curves: Curves = field(repr=False)
 
+    @property
+    def headline(self) -> str:
+        """The verdict, and the kinds of the further problems."""
+        others = [one.kind for one in self.findings if one.problem and one.kind not in VERDICTS]
+        return ", ".join(dict.fromkeys([self.verdict, *others]))
+
     def as_json(self) -> dict[str, Any]:
         """Plain values, for machines; without the logs themselves."""
         left = ("run", "curves")
         found = {name: getattr(self, name) for name in self.__dataclass_fields__ if name not in left}
         return {
-            **found, "findings": [asdict(one) for one in self.findings], "source": self.run.source,
+            **found, "headline": self.headline, "findings": [asdict(one) for one in self.findings], "source": self.run.source,
             "held_out": self.curves.held_out_name, "remarks": self.run.remarks,
         }  # fmt: skip
 
@@ -85,7 +91,7 @@ class OverfitReport(Shown):
         return draw_diagnosis(self)
 
     def _table(self) -> RenderableType:
-        table = Table(title=Text(f"Over-fitting: {self.verdict}", style="bold"), title_justify="left")
+        table = Table(title=Text(f"{self.run.name}: {self.headline}", style="bold"), title_justify="left")
         table.add_column("")
         table.add_column("value", justify="right")
         table.add_row("training loss (task), end", f"{self.train_loss:.4f}")

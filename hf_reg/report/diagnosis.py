@@ -15,7 +15,7 @@ if TYPE_CHECKING:
 
 __all__ = ["draw_diagnosis"]
 
-LINE = 105  # characters of the text below, which is as wide as the figure
+LINE = 112  # characters of the text below, which is as wide as the figure
 
 
 @drawn
@@ -46,8 +46,7 @@ def draw_diagnosis(report: OverfitReport) -> Any:
     axes[-2].set_xlabel("step")
     axes[-1].set_axis_off()
     axes[-1].text(0, 1, text, va="top", transform=axes[-1].transAxes, fontsize=8.5, linespacing=1.35)
-    figure.suptitle(f"{plain(report.run.source.rsplit('/', 2)[-2] if '/' in report.run.source else report.run.source)}"
-                    f": {report.verdict}")  # fmt: skip
+    figure.suptitle("\n".join(textwrap.wrap(plain(f"{report.run.name}: {report.headline}", 3 * LINE), LINE - 20)))
     return figure
 
 
@@ -84,7 +83,8 @@ def _losses(axes: Any, report: OverfitReport) -> None:
     if over is not None:
         axes.axvspan(over.step, curves.last_step, color=VERMILLION, alpha=0.07, linewidth=0)
     axes.set(ylabel="loss")
-    axes.margins(x=0.02, y=0.08)
+    axes.set_xlim(0, 1.02 * curves.last_step)
+    axes.margins(y=0.08)
     axes.legend(loc="upper center", bbox_to_anchor=(0.5, 1.14), ncols=3)
 
 
