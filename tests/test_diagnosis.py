@@ -35,7 +35,7 @@ RUNS: dict[str, dict[str, Any]] = {
     "dropout at 0": SLOW | {"plant": without_dropout},
     "no dropout": SLOW | {"model": 0.0},
     "patch at 0": SLOW | {"settings": {"patches": {"drophead": {"p": 0.0}}}},
-    "decayed": {"labels": "signal", "learning_rate": 2e-3, **LATE},
+    "decayed": {"labels": "signal", "learning_rate": 1e-2, **LATE},
     "converged": {"labels": "signal", "learning_rate": 1e-2, "lr_scheduler_type": "constant"},
     "dominating": SLOW | {"settings": {"penalties": {"l2": 0.1}}},
     "dominating gradient": SLOW | {"settings": {"penalties": {"l2": 0.1}}, "gradient_shares": True},
@@ -322,7 +322,7 @@ def test_folders_that_cannot_be_used(tmp_path: Path) -> None:
         diagnose(tmp_path)
     path = tmp_path / "trainer_state.json"
     for text, said in {
-        "": "is no JSON file", "[1]": "holds a list", "[" * 100_000: "is no JSON file", "{}": "is no state of a Trainer",
+        "": "is no JSON file", "[1]": "holds a list", "[" * 100_000: "is no JSON file", "{}": "is no state",
     }.items():  # fmt: skip
         path.write_text(text)
         with pytest.raises(ValueError, match=said):
@@ -413,3 +413,16 @@ def test_the_command_refuses_in_one_line(folders: Any, tmp_path: Path) -> None:
         assert done.exit_code == 2 and said in done.stderr and "Traceback" not in done.output, done.output
         assert len([line for line in done.stderr.splitlines() if line]) == 1
     assert not list(tmp_path.iterdir())
+
+
+def test_a_loss_near_zero_is_not_worse_for_being_twice_as_large() -> None:
+    def logs(*held_out: float) -> list[dict[str, float]]:
+        train = [{"loss": 1 / 4**step, "step": step} for step in range(1, len(held_out) + 1)]
+        return [one for pair in zip(train, ({"eval_loss": e, "step": s} for s, e in enumerate(held_out, 1)), strict=True)
+                for one in pair]  # fmt: skip
+
+    assert diagnose(logs(1.0, 0.1, 0.0001, 0.0002)).verdict == "no sign of over-fitting"
+    assert diagnose(logs(1.0, 0.1, 0.0, 0.01)).verdict == "over-fits"
+    report = diagnose(logs(1.0, 0.5, 0.4, 0.45))
+    assert report.verdict == "over-fits" and report.rise == pytest.approx(0.125)
+    assert diagnose(logs(-1.0, -2.0, -4.0, -3.0)).rise == pytest.approx(0.25)  # a likelihood of densities

@@ -71,11 +71,11 @@ class Curves:
     def end(self) -> float:
         return fmean(loss for _, loss in self.train[-self.span :])
 
-    @property
-    def noise(self) -> float:
-        """Standard deviation of one training log around the curve: from the median difference of neighbours, which
-        few large jumps do not sway, for normal noise."""
-        steps = [abs(b - a) for (_, a), (_, b) in zip(self.train, self.train[1:], strict=False)]
+    def noise(self, until: int) -> float:
+        """Standard deviation of one training log around the curve, up to a step: from the median difference of
+        neighbours, which few large jumps do not sway, for normal noise."""
+        losses = [loss for step, loss in self.train if step <= until]
+        steps = [abs(b - a) for a, b in zip(losses, losses[1:], strict=False)]
         return median(steps) / (0.6745 * math.sqrt(2)) if steps else 0.0
 
     @property
@@ -92,9 +92,19 @@ class Curves:
 
     @property
     def rise(self) -> float:
-        """By how much the held-out loss has risen since its best, relative to it."""
+        """By how much the held-out loss has risen since its best, relative to it, or to the beginning if it was 0."""
         best = self.best[1]
-        return (self.last[1] - best) / abs(best) if best else 0.0
+        return (self.last[1] - best) / (abs(best) or self.start or 1.0)
+
+    @property
+    def start(self) -> float:
+        """How large the loss is before anything is learned."""
+        return max(abs(self.first), *(abs(loss) for _, loss in self.held_out[:1]), 0.0)
+
+    def above_best(self, loss: float, tolerance: float) -> bool:
+        """Whether a held-out loss is worse than the best by more than `tolerance` of it. Below a tenth of the loss at
+        the beginning (our choice) it is of that tenth: from 0.0001 to 0.0002 nothing has become worse."""
+        return loss - self.best[1] > tolerance * max(abs(self.best[1]), 0.1 * self.start)
 
     @property
     def peak_rate(self) -> float | None:

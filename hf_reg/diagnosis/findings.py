@@ -14,6 +14,7 @@ from .reading import RunRecord
 __all__ = ["Finding", "find_in_curves", "percent"]
 
 LOST = 0.5  # of what was learned, given up again: the run diverges; our choice
+LARGE = 0.1  # relative rise of a loss that is no chance; our choice
 LEAST_TAIL = 1 / 3  # of the run, in which nothing moves: shorter rests are those of any decay; our choice
 TAIL_LOGS = 4  # evaluations, so that each half has two
 DECAYED = 0.1  # of the highest learning rate; our choice
@@ -56,7 +57,7 @@ def find_in_curves(run: RunRecord, curves: Curves) -> Iterator[Finding]:
     if diverging:
         return
     flat = curves.end > curves.first - TOLERANCE * abs(curves.first)
-    if len(curves.held_out) > 1 and curves.rise > TOLERANCE and curves.end < curves.first:
+    if len(curves.held_out) > 1 and curves.above_best(curves.last[1], TOLERANCE) and curves.end < curves.first:
         yield _over_fitting(curves)
     elif flat:
         yield Finding(
@@ -97,24 +98,24 @@ def _skipped(run: RunRecord) -> Iterator[Finding]:
 
 
 def _diverging(curves: Curves) -> Iterator[Finding]:
-    windows = curves.windows
+    windows, judged = curves.windows, len(curves.held_out) > 1
     step, low = min(windows, key=lambda point: point[1])
     end, first = windows[-1][1], curves.first
-    back, error = end - low, curves.noise / math.sqrt(curves.span)
-    least = max(LOST * (first - low), 0.1 * max(abs(first), abs(low)), 4 * error)
-    held_out_rises = len(curves.held_out) < 2 or curves.rise > 0.1
-    if back > least and held_out_rises:
+    least = max(LOST * (first - low), LARGE * max(abs(first), abs(low)))
+    if not judged:  # held-out examples are the same at each evaluation; batches differ
+        least = max(least, 4 * curves.noise(step) / math.sqrt(curves.span))
+    if end - low > least and (not judged or curves.above_best(curves.last[1], LARGE)):
         yield Finding(
             "diverging", f"the training loss rose from {low:.4f} at step {step} to {end:.4f} at the end",
-            "more than half of what it had learned is lost, and by more than batches differ"
-            + (f"; the held-out loss rose by {curves.rise:.0%} too" if len(curves.held_out) > 1 else ""),
-            step=step, evidence={"lowest": low, "end": end, "first": first, "noise": error},
+            "more than half of what it had learned is lost, "
+            + (f"and the held-out loss rose, {curves.rise:+.0%}" if judged else "and by more than batches differ"),
+            step=step, evidence={"lowest": low, "end": end, "first": first},
         )  # fmt: skip
 
 
 def _over_fitting(curves: Curves) -> Finding:
     (step, best), (_, last) = curves.best, curves.last
-    since = next(at for at, loss in curves.held_out if at > step and loss > best + TOLERANCE * abs(best))
+    since = next(at for at, loss in curves.held_out if at > step and curves.above_best(loss, TOLERANCE))
     before = curves.train_between(step - curves.last_step // len(curves.held_out), step)
     then = fmean(before) if before else curves.first
     return Finding(
@@ -140,15 +141,15 @@ def _moved(points: Sequence[Point]) -> float:
 def _plateau(curves: Curves) -> Iterator[Finding]:
     """From which step on neither loss moves: over the rest of the run, and over each shorter rest."""
     levels = [loss for _, loss in curves.windows] + [loss for _, loss in curves.held_out]
-    fall = max(curves.first, *(loss for _, loss in curves.held_out[:1]), curves.first) - min(levels)
+    fall = max(curves.first, *levels[:1], *(loss for _, loss in curves.held_out[:1])) - min(levels)
     marks = curves.held_out if len(curves.held_out) >= 2 * TAIL_LOGS else curves.windows
     start: int | None = None
     for at in range(len(marks) - TAIL_LOGS, 0, -1):
         step = marks[at][0]
         train = [point for point in curves.train if point[0] >= step]
         held_out = [point for point in curves.held_out if point[0] >= step]
-        error = 2 * curves.noise * math.sqrt(4 / len(train)) if train else 0.0
-        rests = len(train) >= TAIL_LOGS and _moved(train) <= max(TOLERANCE * fall, min(error, 0.05 * fall))
+        error = 3 * curves.noise(curves.last_step) * math.sqrt(4 / len(train)) if train else 0.0
+        rests = len(train) >= TAIL_LOGS and _moved(train) <= max(TOLERANCE * fall, min(error, 0.1 * fall))
         if len(held_out) >= 2:
             losses = [loss for _, loss in held_out]
             rests &= _moved(held_out) <= TOLERANCE * fall and max(losses) - min(losses) <= 3 * TOLERANCE * fall

@@ -76,8 +76,8 @@ class OverfitReport(Shown):
         left = ("run", "curves")
         found = {name: getattr(self, name) for name in self.__dataclass_fields__ if name not in left}
         return {
-            **found, "headline": self.headline, "findings": [asdict(one) for one in self.findings], "source": self.run.source,
-            "held_out": self.curves.held_out_name, "remarks": self.run.remarks,
+            **found, "headline": self.headline, "findings": [asdict(one) for one in self.findings],
+            "source": self.run.source, "held_out": self.curves.held_out_name, "remarks": self.run.remarks,
         }  # fmt: skip
 
     def figure(self) -> Figure:
