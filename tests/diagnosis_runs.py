@@ -49,7 +49,8 @@ def trained(
     """A run that left its last checkpoint in `folder`."""
     kind = RegularizedTrainingArguments if issubclass(trainer, RegularizedTrainer) else TrainingArguments
     given: dict[str, Any] = {
-        "max_steps": STEPS, "per_device_train_batch_size": 8, "learning_rate": 1e-3, "logging_steps": 2,
+        "max_steps": STEPS, "per_device_train_batch_size": 8, "per_device_eval_batch_size": 48, "learning_rate": 1e-3,
+        "logging_steps": 2,
         "eval_strategy": "steps", "eval_steps": 4, "save_strategy": "steps", "save_steps": STEPS // 2,
         "save_only_model": True, "report_to": [], "use_cpu": True, "disable_tqdm": True, "log_level": "error",
     }  # fmt: skip

@@ -35,7 +35,7 @@ RUNS: dict[str, dict[str, Any]] = {
     "dropout at 0": SLOW | {"plant": without_dropout},
     "no dropout": SLOW | {"model": 0.0},
     "patch at 0": SLOW | {"settings": {"patches": {"drophead": {"p": 0.0}}}},
-    "decayed": {"labels": "signal", "learning_rate": 1e-2, **LATE},
+    "decayed": {"labels": "signal", "learning_rate": 3e-3, **LATE},
     "converged": {"labels": "signal", "learning_rate": 1e-2, "lr_scheduler_type": "constant"},
     "dominating": SLOW | {"settings": {"penalties": {"l2": 0.1}}},
     "dominating gradient": SLOW | {"settings": {"penalties": {"l2": 0.1}}, "gradient_shares": True},
@@ -418,8 +418,8 @@ def test_the_command_refuses_in_one_line(folders: Any, tmp_path: Path) -> None:
 def test_a_loss_near_zero_is_not_worse_for_being_twice_as_large() -> None:
     def logs(*held_out: float) -> list[dict[str, float]]:
         train = [{"loss": 1 / 4**step, "step": step} for step in range(1, len(held_out) + 1)]
-        return [one for pair in zip(train, ({"eval_loss": e, "step": s} for s, e in enumerate(held_out, 1)), strict=True)
-                for one in pair]  # fmt: skip
+        evaluations = [{"eval_loss": loss, "step": step} for step, loss in enumerate(held_out, 1)]
+        return [log for both in zip(train, evaluations, strict=True) for log in both]
 
     assert diagnose(logs(1.0, 0.1, 0.0001, 0.0002)).verdict == "no sign of over-fitting"
     assert diagnose(logs(1.0, 0.1, 0.0, 0.01)).verdict == "over-fits"

@@ -4,14 +4,15 @@ from __future__ import annotations
 
 import functools
 import io
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from typing import Any, ParamSpec, TypeVar
 
 
-__all__ = ["COLOURS", "GREY", "LINES", "MARKERS", "drawn", "in_style", "looks", "picture", "plain", "sheet"]
+__all__ = ["COLOURS", "GREY", "LINES", "MARKERS", "drawn", "ends", "in_style", "looks", "picture", "plain", "sheet"]
 
-Arguments, Made = ParamSpec("Arguments"), TypeVar("Made")
+Arguments = ParamSpec("Arguments")
+Made = TypeVar("Made")
 
 # Okabe and Ito's (Color Universal Design, 2008) without the yellow, which cannot be read on white
 BLUE, ORANGE, GREEN, PURPLE, VERMILLION, SKY, BLACK = COLOURS = (
@@ -89,6 +90,12 @@ def looks(names: Sequence[str], reference: str | None = None) -> dict[str, dict[
     return made
 
 
+def ends(row: Mapping[str, Any]) -> tuple[float, float]:
+    """How far an interval reaches below and above its mean; not at all where there is none."""
+    low, high = (row["mean"] if row.get(end) is None else row[end] for end in ("low", "high"))
+    return max(row["mean"] - low, 0.0), max(high - row["mean"], 0.0)
+
+
 def plain(text: object, longest: int = LONGEST) -> str:
     """A label as it is: of one line, of a length that fits, no formula, and not hidden from legends."""
     line = " ".join(str(text).split())
@@ -97,8 +104,9 @@ def plain(text: object, longest: int = LONGEST) -> str:
 
 
 def picture(figure: Any, kind: str, dpi: int = 150) -> bytes:
-    """The bytes of a PNG or SVG; the same figure gives the same bytes."""
+    """The bytes of a PNG or SVG; the same figure gives the same bytes. It is laid out once, for all its files."""
     file = io.BytesIO()
     with in_style():
         figure.savefig(file, format=kind, dpi=dpi, metadata={"Date": None} if kind == "svg" else {"Software": None})
+    figure.set_layout_engine("none")
     return file.getvalue()
