@@ -285,7 +285,7 @@ def test_a_folder_and_the_trainer_agree(tmp_path: Path) -> None:
 
 
 def test_evaluations_after_training_do_not_count(tmp_path: Path) -> None:
-    best = {"load_best_model_at_end": True, "save_steps": 4, "metric_for_best_model": "eval_loss"}
+    best = {"load_best_model_at_end": True, "save_steps": 4, "metric_for_best_model": "eval_loss", "max_steps": 62}
     run = trained(tmp_path, "noise", learning_rate=5e-3, **best)
     assert run.evaluate()["eval_loss"] == min(logged(run, "eval_loss"))  # of the best checkpoint, at the last step
     run.save_state()
