@@ -9,10 +9,10 @@ if TYPE_CHECKING:
     from .checkpoints.loading import load_regularized
     from .checkpoints.verification import verify_checkpoint
     from .description import describe
+    from .diagnosis import diagnose
     from .dropout import set_dropout
     from .hub import push_to_hub
     from .losses import rpo_loss
-    from .overfit import diagnose
     from .patching import patch_model, patched, unpatch_model
     from .rpo_trainer import RPOConfig, RPOTrainer
     from .stopping import early_stopping
@@ -26,7 +26,7 @@ _HOME = {
     "SorsaConfig": "adapters",
     "get_regularized_peft_model": "adapters",
     "describe": "description",
-    "diagnose": "overfit",
+    "diagnose": "diagnosis",
     "early_stopping": "stopping",
     "set_dropout": "dropout",
     "load_regularized": "checkpoints.loading",

@@ -110,6 +110,7 @@ class Gate(nn.Module):
     hides: ClassVar[bool] = False  # whether `hide` does anything
     schedule: Schedule | None = None  # that of the patch, or one of the gate's own
     replaces_dropout: bool = False  # whether the model's attention-probability dropout is off while this gate is on
+    ran = False  # whether it has acted (of a trainer: since its last log); not told where `transform` is compiled
 
     def __init__(self, patch: Patch) -> None:
         super().__init__()

@@ -1,4 +1,4 @@
-"""The command line: `hf-reg train`, `methods`, `inspect`, `merge`, `verify`, `push`, `demo`."""
+"""The command line: `hf-reg train`, `methods`, `inspect`, `diagnose`, `merge`, `verify`, `push`, `demo`."""
 
 from __future__ import annotations
 
@@ -121,6 +121,30 @@ def inspect_(
         from .commands.inspection import inspect_model
 
         found = inspect_model(model, revision)
+        _show(found, found.as_json() if as_json else None)
+
+
+@app.command()
+def diagnose(
+    run: Annotated[
+        Path, typer.Argument(metavar="RUN", help="The output folder of a Trainer, or a trainer_state.json.")
+    ],
+    plot: Annotated[
+        Path | None, typer.Option(metavar="FILE", help="Draw losses and findings into it: .png, .svg or .pdf.")
+    ] = None,
+    as_json: JSON = False,
+) -> None:
+    """Say what a run's logs show, and what to try next.
+
+    Over-fitting and since when, a plateau, penalties that dominate or do nothing, patches and dropout that never ran;
+    also of runs that were made without hf_reg. Exit code 0 if it could judge, whatever the verdict.
+    """
+    from .runs.errors import user_errors
+
+    with user_errors(f"hf-reg diagnose {run}"):
+        from .commands.diagnosing import diagnose_folder
+
+        found = diagnose_folder(run, plot)
         _show(found, found.as_json() if as_json else None)
 
 

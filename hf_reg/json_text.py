@@ -32,15 +32,21 @@ def check_size(path: Path, largest: int = LARGEST_FILE) -> None:
         raise ValueError(f"{path} has {size:,} bytes; such a file has at most {largest:,}.")
 
 
-def read_json(path: Path, largest: int = LARGEST_FILE) -> dict[str, Any]:
+def read_json(path: Path, largest: int = LARGEST_FILE, *, finite: bool = True) -> dict[str, Any]:
     """The object of a JSON file.
+
+    Args:
+        path (`Path`): of the file.
+        largest (`int`, *optional*): bytes.
+        finite (`bool`, *optional*, defaults to `True`): refuse NaN and infinity, which `Trainer` writes into its logs.
 
     Raises:
         `ValueError`: for a file above `largest` bytes, NaN and infinity, nesting without end, or no object.
     """
     check_size(path, largest)
+    constant = _not_a_number if finite else float
     try:
-        found = json.loads(path.read_text(encoding="utf-8"), parse_constant=_not_a_number)
+        found = json.loads(path.read_text(encoding="utf-8"), parse_constant=constant)
         _check_depth(found)
     except (ValueError, RecursionError) as error:
         raise ValueError(f"{path} is no JSON file: {shown(str(error))}.") from error

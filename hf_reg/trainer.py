@@ -53,8 +53,9 @@ class RegularizerMixin(WeightsMixin):
     The loss of a micro-batch is the task's plus `weight * schedule * penalty` for each penalty, scaled so that the
     gradient of a step is that of its whole batch at once, however it is cut into micro-batches and processes
     (`hf_reg/training/loss_scale.py`). Logs show every term as `loss_<name>`; they sum to `loss`. `eval_loss` is the
-    task alone. A resumed run goes on exactly, unless the data collator draws from torch's global random stream:
-    `Trainer` collates the first batches before it restores that, so seed such a collator from its examples.
+    task alone. Logs show, too, which patches and dropouts acted ([`~hf_reg.training.activity.Activity`]). A resumed
+    run goes on exactly, unless the data collator draws from torch's global random stream: `Trainer` collates the first
+    batches before it restores that, so seed such a collator from its examples.
 
     Raises:
         `ValueError`: for what cannot be combined. `RuntimeError`: for a launch that is not what was asked for.
@@ -277,7 +278,7 @@ class RegularizerMixin(WeightsMixin):
             if self.penalties:
                 logs |= {f"loss_{name}": value / steps for name, value in terms.items()}
             logs |= {f"share_{name}": value for name, value in self._shares.mean(self._over_processes).items()}
-            logs |= self._around.measured.mean(self._over_processes)
+            logs |= self._around.read(self._over_processes)
             logs |= {"skipped_steps": float(self.skipped_steps)} if self.skipped_steps else {}
             self._logged_step = self.state.global_step
         super().log(logs, *args, **kwargs)

@@ -8,7 +8,7 @@ import pytest
 import torch
 
 from hf_reg import RegularizedTrainer, RegularizedTrainingArguments
-from hf_reg.overfit import diagnose
+from hf_reg.diagnosis import diagnose
 
 from .distributed.heads import make, rows
 

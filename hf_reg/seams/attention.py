@@ -29,13 +29,16 @@ SEAM = "hf_reg"  # name of the child module that carries the gates, or how it be
 class Seam(nn.Module):
     """The gates at one place of a model, in the order in which they were attached."""
 
-    ran = False  # whether any gate has acted yet
-
     def __setstate__(self, state: dict[str, Any]) -> None:
         from ..checkpoints.saves import install_saves
 
         install_saves()  # a pickled or deep-copied model may wake up in a process that never called patch_model
         super().__setstate__(state)
+
+    @property
+    def ran(self) -> bool:
+        """Whether any gate has acted."""
+        return any(getattr(gate, "ran", False) for gate in self.children())
 
     def enabled(self) -> list[Gate]:
         return [gate for gate in self.children() if isinstance(gate, Gate) and gate.enabled()]
@@ -45,7 +48,7 @@ class Seam(nn.Module):
         for gate in self.enabled():
             states = gate.transform(states)
             if not torch.compiler.is_compiling():
-                self.ran = True
+                gate.ran = True
         return states
 
 
@@ -89,7 +92,7 @@ class AttentionSeam(Seam):
                     gate, implementation, module, query, key, given, self.prefix, spared, kwargs
                 )
             if not gate.hides or tokens is not None or attention_mask is not given:
-                self.ran = True
+                gate.ran = True
             if gate.replaces_dropout and kwargs.get("dropout"):
                 kwargs = {**kwargs, "dropout": 0.0}
         if tokens is not None:

@@ -159,8 +159,9 @@ class _Notice(SeamHook):
         self.owner = seam
 
     def __call__(self, module: nn.Module, args: Any) -> None:
-        if not torch.compiler.is_compiling() and self.owner.enabled():
-            self.owner.ran = True
+        if not torch.compiler.is_compiling():
+            for gate in self.owner.enabled():
+                gate.ran = True
 
 
 def dropout_key(site: DropoutSite) -> str:

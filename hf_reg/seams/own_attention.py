@@ -74,7 +74,7 @@ class ScaleOutput(SeamHook):
         changed = context
         for gate in seam.enabled():
             if not torch.compiler.is_compiling():
-                seam.ran = True
+                gate.ran = True
             scales = gate.scales(context.shape[0], heads, context.device)
             if scales is not None:
                 changed = (changed.unflatten(-1, (heads, -1)) * scales.to(changed.dtype)[:, None, :, None]).flatten(-2)
@@ -126,7 +126,7 @@ class _Operations(TorchFunctionMode):
             if gate.hides:
                 grid = narrow_scores(gate, given, None)
             if not gate.hides or grid is not given:
-                self.seam.ran = True
+                gate.ran = True
         result = func(grid.view(shape), *rest, **kwargs)
         for gate in self.seam.enabled():
             scales = gate.scales(grid.shape[0], self.heads, grid.device)

@@ -138,7 +138,8 @@ class _Ran(SeamHook):
 
     def __call__(self, module: nn.Module, args: Any) -> None:
         if not torch.compiler.is_compiling():
-            self.owner.ran = True
+            for gate in self.owner.children():
+                gate.ran = True
 
 
 class _Stays(SeamHook):

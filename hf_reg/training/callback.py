@@ -2,15 +2,18 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+import torch
 from safetensors.torch import load_file, save_file
 from transformers import TrainerCallback
 
 from ..checkpoints.block import note_training
 from ..distributed import data_parallel, seed_rank
 from ..optimizers import Companion
+from .activity import MODE, Activity
 from .adapter_losses import adapters_in_training, after_optimizer
 from .terms import Terms
 
@@ -29,6 +32,7 @@ class RegularizationCallback(TrainerCallback):
     def __init__(self, trainer: RegularizerMixin) -> None:
         self.trainer = trainer
         self.measured = Terms()  # what adapters measured after the steps since the last log
+        self.activity: Activity | None = None
         self._skipped = 0
 
     def on_train_begin(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
@@ -41,7 +45,19 @@ class RegularizationCallback(TrainerCallback):
                 )
         trainer = self.trainer
         note_training(trainer.bare_model, trainer._own_penalties, args.seed, trainer.companions)  # of a new trial, too
+        self.activity = Activity(trainer.bare_model, bool(args.torch_compile))
         seed_rank(args.seed, data_parallel(self.trainer.accelerator)[0])
+
+    def on_pre_optimizer_step(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
+        if self.activity is not None:
+            self.activity.note()
+
+    def read(self, mean_over_processes: Callable[[torch.Tensor], torch.Tensor]) -> dict[str, float]:
+        """What was measured, and what acted, since the last log."""
+        if self.activity is not None:
+            self.measured.merge(self.activity.read(self.trainer.args.device))
+        found = self.measured.mean(mean_over_processes)
+        return {name: value for name, value in found.items() if name != MODE or value < 1}
 
     def on_optimizer_step(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
         tuner: Any = getattr(self.trainer.bare_model, "base_model", None)
