@@ -99,10 +99,10 @@ class RegularizerMixin(WeightsMixin):
         self._plain_loss = super().compute_loss.__func__ is Trainer.compute_loss
         dropout = next((one for one in beside if isinstance(one, GradientDropout)), None)
         self._dropping = GradientDropping(self, dropout, teacher) if dropout is not None else None
-        given_too = [one for one in self.callback_handler.callbacks if isinstance(one, Companion)]
-        self.companions = [*beside, *(one for one in given_too if one not in beside)]
+        callbacks = self.callback_handler.callbacks
+        self.companions = list(dict.fromkeys([*beside, *(one for one in callbacks if isinstance(one, Companion))]))
         note_training(bare, self._own_penalties, self.args.seed, self.companions)
-        if not any(isinstance(callback, ScheduleCallback) for callback in self.callback_handler.callbacks):
+        if not any(isinstance(one, ScheduleCallback) for one in callbacks):
             self.add_callback(ScheduleCallback())
         self._around = RegularizationCallback(self)
         self.add_callback(self._around)
