@@ -232,7 +232,7 @@ def run_plan(plan: Plan, console: Console) -> Comparison:
         run.train(cells, records, counter)
         ran = {cell.method for cell in cells if cell.key in records}
         costs = run.measure_costs({name: one for name, one in settings.items() if name in ran}, console)
-    summary = summarize(plan, cells, records, costs, best, versions(), planned)
+    summary = summarize(plan, cells, records, costs, best, [key for key, _ in studies.values()], versions(), planned)
     _write(plan.folder / "summary.json", json.dumps(summary, indent=1, allow_nan=False) + "\n")
     if records:
         write_report(plan.folder)

@@ -16,12 +16,16 @@ from ..runs.models import load_model, load_tokenizer
 from .plan import Plan
 
 
-__all__ = ["Base", "calibration", "evaluated", "expected_error", "penalty_shares"]
+__all__ = ["Base", "Diverged", "calibration", "evaluated", "expected_error", "penalty_shares"]
 
 BINS = 10  # of confidence, of equal width
 IGNORED = -100  # of the loss
 AT_A_TIME = 16  # probes; we chose it
 OF_A_RUN = ("runtime", "samples_per_second", "steps_per_second", "jit_compilation_time", "model_preparation_time")
+
+
+class Diverged(RunError):
+    """A training whose numbers are not finite: its settings do not work, whenever they are tried."""
 
 
 @contextmanager
@@ -60,7 +64,7 @@ def evaluated(trainer: Any, further: Any) -> dict[str, float]:
     loss = numbers.pop("loss")
     numbers = {"train_loss": float(train), "eval_loss": loss, **numbers}
     if wrong := [name for name, value in numbers.items() if not math.isfinite(value)]:
-        raise RunError(f"{wrong[0]} is {numbers[wrong[0]]}: the training diverged. Give a smaller learning rate.")
+        raise Diverged(f"{wrong[0]} is {numbers[wrong[0]]}: the training diverged. Give a smaller learning rate.")
     return numbers
 
 

@@ -16,9 +16,9 @@ from ..base import Gate
 from ..dropout import set_dropout
 from ..dropout.places import Map
 from ..patching import unwrap
-from ..runs.errors import refused_as_run
+from ..runs.errors import one_line, refused_as_run
 from ..runs.settings import make_settings
-from .measures import Base, calibration, evaluated, expected_error, penalty_shares
+from .measures import Base, Diverged, calibration, evaluated, expected_error, penalty_shares
 from .plan import Plan
 from .samples import Samples
 
@@ -154,8 +154,11 @@ class Runner:
         curve = _Curve(trainer, self.plan.compare.evaluate_every, measure, report)
         trainer.add_callback(curve)
         set_seed(seed)  # whatever adapters and patches have drawn
-        with refused_as_run("training stopped", (ValueError, RuntimeError, FloatingPointError, OSError)):
-            trainer.train()
+        with refused_as_run("training stopped", (ValueError, RuntimeError, OSError)):
+            try:
+                trainer.train()
+            except FloatingPointError as error:
+                raise Diverged(one_line(error)) from error
         if curve.stopped:
             return trainer, []
         return trainer, [*curve.points, {"step": trainer.state.global_step, **measure()}]

@@ -34,7 +34,8 @@ def summarize(
     cells: Sequence[Cell],
     records: Mapping[str, Mapping[str, Any]],
     costs: Sequence[Mapping[str, Any]],
-    tuned: Mapping[str, Mapping[str, Any] | None],
+    tuned: Mapping[str, Mapping[str, Any]],
+    studies: Sequence[str],
     versions: Mapping[str, str],
     planned: int,
 ) -> dict[str, Any]:
@@ -45,6 +46,7 @@ def summarize(
         records (mapping): what is in `cells.jsonl`, by key.
         costs (sequence): what is in `costs.jsonl`.
         tuned (mapping): settings that the search found, by method.
+        studies (sequence of `str`): the keys of the searches.
         planned (`int`): how many cells there would be if nothing had failed.
     """
     compare = plan.compare
@@ -66,11 +68,12 @@ def summarize(
                 difference = asdict(found[method]) if method in found else None
                 rows.append({"method": method, "size": size, "measure": measure["name"], **_spread(list(own.values())),
                              "difference": difference})  # fmt: skip
-            seeds += [len(set(own) & set(values.get(compare.reference, {}))) for own in values.values()]
+            base = set(values.get(compare.reference, {}))
+            seeds += [len(base & set(own)) for method, own in values.items() if method in found]
     labels = [
         {
             "name": name, "label": method.label or name, "settings": plan.settings(name),
-            "tuned": dict(tuned[name] or {}) or None if name in tuned else None,
+            "tuned": dict(tuned[name]) if name in tuned else None,
         }
         for name, method in plan.methods.items()
     ]  # fmt: skip
@@ -80,7 +83,9 @@ def summarize(
         "metric": {key: metric[key] for key in ("name", "higher_is_better")}, "reference": compare.reference,
         "sizes": sizes, "seeds": compare.every_seed, "alpha": compare.alpha, "methods": labels, "measures": measures,
         "rows": rows, "costs": [{key: one[key] for key in ("method", "ratio", "low", "high")} for one in costs],
-        "versions": dict(versions), "cells": len(done), "missing": planned - len(done),
+        "versions": dict(versions),
+        "keys": [*(cell.key for cell, _ in done), *dict.fromkeys(one["key"] for one in costs), *studies],
+        "cells": len(done), "missing": planned - len(done),
         "notes": _notes(plan, min(seeds, default=0)),
     }  # fmt: skip
 
@@ -102,7 +107,9 @@ def _notes(plan: Plan, seeds: int) -> list[str]:
         "bootstrap."
     ]
     needed = fewest_seeds(max(family, 1), alpha)
-    if seeds < needed:
+    if not seeds:
+        notes.append(f"Nothing is compared: no method shares a finished seed with {plan.compare.reference}.")
+    elif seeds < needed:
         notes.append(
             f"With {seeds} seeds the test cannot show any difference between {family + 1} methods, however large "
             f"(its smallest p-value is {min(2.0 ** (1 - seeds), 1.0):.2g}); it needs {needed} seeds or more."

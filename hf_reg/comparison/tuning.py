@@ -6,6 +6,7 @@ from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
 from ..runs.errors import RunError, one_line
+from .measures import Diverged
 from .methods import Method, Range, with_params
 
 
@@ -112,7 +113,7 @@ def _tried(trial: Any, settings: dict[str, Any], seeds: Sequence[int], loss: Los
     for seed in seeds:
         try:
             found = loss(settings, seed, report if not losses else lambda *_: False)
-        except Exception as error:  # a rate too high, for one: another trial may do better
+        except Diverged as error:  # a rate too high, for one: another trial may do better
             return {"values": values, "state": "failed", "value": None, "error": one_line(error)}
         if found is None:
             return {"values": values, "state": "pruned", "value": None}
