@@ -5,7 +5,8 @@ from __future__ import annotations
 import hashlib
 import json
 import random
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable, Iterator, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass, replace
 from functools import cached_property
 from typing import Any
@@ -111,6 +112,11 @@ class Samples:
         Raises:
             [`RunError`]: for data that cannot be read, or are too few.
         """
+        with _without_bars():
+            return cls._load(plan)
+
+    @classmethod
+    def _load(cls, plan: Plan) -> Samples:
         facts, compare = plan.facts, plan.compare
         data = load_data(plan.recipe.data, plan.recipe.COLUMNS)
         for key, rows in data.items():
@@ -157,6 +163,20 @@ class Samples:
     def validation_fingerprint(self) -> str:
         """Of everything that trials see."""
         return hashlib.sha256(f"{_digest(self.pool)}{_digest(self.validation)}".encode()).hexdigest()
+
+
+@contextmanager
+def _without_bars() -> Iterator[None]:
+    """Without the bars of datasets, of which there would be one for each small step."""
+    from datasets import are_progress_bars_disabled, disable_progress_bars, enable_progress_bars
+
+    before = are_progress_bars_disabled()
+    disable_progress_bars()
+    try:
+        yield
+    finally:
+        if not before:
+            enable_progress_bars()
 
 
 def _part(rows: Any, numbers: Sequence[int]) -> Any:

@@ -78,7 +78,7 @@ def holm(p_values: Sequence[float]) -> list[float]:
 def fewest_seeds(family: int, alpha: float) -> int:
     """The least number of seeds with which the test can find the clearest difference of a family at all."""
     count = 2
-    while family * 2.0 ** (1 - count) > alpha:
+    while family * 2.0 ** (1 - count) >= alpha:
         count += 1
     return count
 

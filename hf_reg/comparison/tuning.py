@@ -129,5 +129,5 @@ def best_params(records: Sequence[Mapping[str, Any]]) -> dict[str, Any]:
     """
     complete = [one for one in records if one["state"] == "complete"]
     if not complete:
-        raise RunError(f"all {len(records)} trials failed; the last one: {records[-1].get('error')}")
+        raise RunError(f"all {len(records)} trials diverged; the last one: {records[-1].get('error')}")
     return dict(min(complete, key=lambda one: one["value"])["params"])

@@ -6,6 +6,7 @@ the input ends, as it does with the process that started it, the worker ends at 
 
 from __future__ import annotations
 
+import gc
 import json
 import os
 import queue
@@ -65,7 +66,9 @@ def _serve(jobs: queue.Queue, send: Send) -> None:
     while True:
         job = jobs.get()
         try:
-            runner = runner or Runner(read_plan(plan))
+            if runner is None:
+                runner = Runner(read_plan(plan))
+                gc.freeze()  # or looking through all modules would take longer than a small cell
             send({"done": _run(runner, job, send)})
         except (UseError, RunError) as error:
             send({"failed": one_line(error), "traceback": traceback.format_exc()})
