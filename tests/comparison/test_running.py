@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+import gc
 import json
 import math
+from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
@@ -26,6 +28,14 @@ METHODS = {
 }  # fmt: skip
 
 
+@pytest.fixture(autouse=True, scope="module")
+def frozen() -> Iterator[None]:
+    """As in a worker: looking through all modules after each cell would take longer than the cell."""
+    gc.freeze()
+    yield
+    gc.unfreeze()
+
+
 def runner(folder: Path, task: str = "sequence-classification", **compare: Any) -> Runner:
     return Runner(read_plan(recipe(folder, task, **compare)))
 
@@ -39,7 +49,7 @@ def cells(run: Runner, order: list[tuple[str, int]]) -> dict[tuple[str, int], st
 
 
 def test_numbers_are_the_same_bits_in_any_order(tmp_path: Path) -> None:
-    order = [(method, seed) for method in METHODS for seed in (0, 1)]
+    order = [("hf_default", 0), ("tlm", 0), ("sorsa", 1), ("tlm", 1)]
     first = cells(runner(tmp_path, methods=METHODS), order)
     assert cells(runner(tmp_path, methods=METHODS), order[::-1]) == first
     assert len(set(first.values())) == len(first)
