@@ -14,7 +14,7 @@ import torch
 from transformers import set_seed
 
 from hf_reg import describe
-from hf_reg.comparison.measures import BINS, Diverged, expected_error
+from hf_reg.comparison.measures import BINS, Diverged, calibration, expected_error
 from hf_reg.comparison.plan import read_plan
 from hf_reg.comparison.running import Runner, apply_dropout
 
@@ -101,6 +101,22 @@ def test_measures_are_those_of_the_model(tmp_path: Path) -> None:
                 inside = (top * BINS).long() == low
                 error += abs(float((top - (chosen == labels).float())[inside].sum())) / len(labels)
             assert measured["ece"] == pytest.approx(error, abs=1e-6)
+
+
+def test_confidence_of_a_language_model_is_that_of_the_next_token(tmp_path: Path) -> None:
+    run = runner(tmp_path, "causal-lm")
+    trainer = run.trainer(run.plan.settings("hf_default"), 4, 0, str(tmp_path / "run"), run.samples.held_out)
+    right, count, confidence = 0, 0, 0.0
+    for row in trainer.eval_dataset:
+        ids = torch.tensor([row["input_ids"]])
+        with torch.no_grad():
+            top, chosen = trainer.model.eval()(input_ids=ids).logits[:, :-1].softmax(-1).max(-1)
+        right, count = right + int((chosen == ids[:, 1:]).sum()), count + ids.shape[1] - 1
+        confidence += float(top.sum())
+    bins = calibration(trainer, "next") or []
+    assert sum(one["count"] for one in bins) == count
+    assert sum(one["count"] * one["accuracy"] for one in bins) == pytest.approx(right)
+    assert sum(one["count"] * one["confidence"] for one in bins) == pytest.approx(confidence, rel=1e-4)
 
 
 def test_expected_error_by_hand() -> None:
