@@ -8,6 +8,7 @@ if TYPE_CHECKING:
     from .adapters import BALoraConfig, SorsaConfig, get_regularized_peft_model
     from .checkpoints.loading import load_regularized
     from .checkpoints.verification import verify_checkpoint
+    from .comparison import compare
     from .description import describe
     from .diagnosis import diagnose
     from .dropout import set_dropout
@@ -25,6 +26,7 @@ _HOME = {
     "BALoraConfig": "adapters",
     "SorsaConfig": "adapters",
     "get_regularized_peft_model": "adapters",
+    "compare": "comparison",
     "describe": "description",
     "diagnose": "diagnosis",
     "early_stopping": "stopping",
@@ -44,9 +46,9 @@ _HOME = {
 }
 __all__ = [
     "BALoraConfig", "RPOConfig", "RPOTrainer", "RegularizedTrainer", "RegularizedTrainingArguments",
-    "RegularizerMixin", "SorsaConfig", "describe", "diagnose", "early_stopping", "get_regularized_peft_model",
-    "load_regularized", "patch_model", "patched", "push_to_hub", "rpo_loss", "set_dropout", "unpatch_model",
-    "verify_checkpoint",
+    "RegularizerMixin", "SorsaConfig", "compare", "describe", "diagnose", "early_stopping",
+    "get_regularized_peft_model", "load_regularized", "patch_model", "patched", "push_to_hub", "rpo_loss",
+    "set_dropout", "unpatch_model", "verify_checkpoint",
 ]  # fmt: skip
 
 

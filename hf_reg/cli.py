@@ -1,4 +1,4 @@
-"""The command line: `hf-reg train`, `methods`, `inspect`, `diagnose`, `merge`, `verify`, `push`, `demo`."""
+"""The command line: `hf-reg train`, `compare`, `diagnose`, `methods`, `inspect`, `merge`, `verify`, `push`, `demo`."""
 
 from __future__ import annotations
 
@@ -79,6 +79,37 @@ def train(
 
     with user_errors(f"hf-reg train {recipe}", traceback):
         train_from(recipe, changes or (), check=check, resume=resume)
+
+
+@app.command()
+def compare(
+    recipe: Annotated[
+        Path,
+        typer.Argument(metavar="RECIPE", help="A YAML file as of hf-reg train, with a section compare."),
+    ],
+    changes: Annotated[
+        list[str] | None,
+        typer.Option("--set", metavar="KEY=VALUE", help="Change the recipe: --set compare.seeds=5."),
+    ] = None,
+    check: Annotated[bool, typer.Option("--check", help="Show what would be run, and load nothing.")] = False,
+    as_json: JSON = False,
+    traceback: Annotated[
+        bool, typer.Option("--traceback", envvar="HF_REG_TRACEBACK", help="Show errors with their traceback.")
+    ] = False,
+) -> None:
+    """Compare ways to fine-tune on the same data, budget and seeds, and test the differences.
+
+    What is finished is kept: the same command goes on with a comparison that was stopped. Exit code 1 if a run failed.
+    """
+    from .runs import user_errors
+
+    with user_errors(f"hf-reg compare {recipe}", traceback):
+        from .comparison.command import compare_from
+
+        found = compare_from(recipe, changes or (), check=check, quiet=as_json)
+        _show(found, found.as_json() if as_json else None)
+        if found.failures:
+            raise typer.Exit(1)
 
 
 @app.command()

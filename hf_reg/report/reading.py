@@ -164,12 +164,17 @@ def read_results(folder: str | os.PathLike[str] | Results) -> Results:
             raise ValueError(f"{folder} has no {name}: expected the folder that `hf-reg compare` wrote.")
     summary = _check(read_json(folder / SUMMARY, largest=100_000_000), SUMMARY, str(folder / SUMMARY))
     wanted = {method["name"] for method in summary["methods"]}, set(summary["sizes"]), set(summary["seeds"])
-    cells = {}
-    for cell in _lines(folder / CELLS):
+    keys, cells = summary.get("keys"), {}
+
+    def current(name: str) -> list[dict[str, Any]]:
+        """The lines of this recipe; others are of an earlier one."""
+        return [line for line in _lines(folder / name) if keys is None or line.get("key") in keys]
+
+    for cell in current(CELLS):
         place = cell["method"], cell["size"], cell["seed"]
-        if all(part in known for part, known in zip(place, wanted, strict=True)):  # others are of an earlier recipe
+        if all(part in known for part, known in zip(place, wanted, strict=True)):
             cells[place] = cell
-    results = Results(folder, summary, list(cells.values()), _lines(folder / COSTS), _lines(folder / TRIALS))
+    results = Results(folder, summary, list(cells.values()), current(COSTS), current(TRIALS))
     _check_names(results)
     _check_order(results)
     _check_rows(results)

@@ -5,6 +5,7 @@ from __future__ import annotations
 import math
 import os
 from collections.abc import Mapping, Sequence
+from copy import deepcopy
 from dataclasses import asdict, dataclass, field, fields
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, ClassVar
@@ -21,7 +22,7 @@ from .sections import Section, check_keys, read_section
 if TYPE_CHECKING:
     from .settings import Settings
 
-__all__ = ["Model", "Recipe", "load_recipe"]
+__all__ = ["Model", "Recipe", "load_recipe", "make_recipe", "put", "read_tree"]
 
 BARE = {"model": "name", "ref_model": "name", "adapter": "type"}  # sections that a text can stand for
 LARGEST = 1_000_000  # bytes of a recipe; we chose it, ours have a thousand
@@ -162,12 +163,9 @@ def _check_numbers(value: Any, where: str = "") -> None:
         raise RecipeError(f"{where}: {shown(value)} is beyond the integers of 64 bits. Give a smaller one.")
 
 
-def _change(tree: dict[str, Any], change: str) -> None:
-    """Carry out one `--set KEY=VALUE`."""
-    key, sign, text = change.partition("=")
-    *path, last = names = key.strip().split(".")
-    if not sign or not all(names):
-        raise RecipeError(f"--set {change}: expected KEY=VALUE, such as --set train.learning_rate=1e-4.")
+def put(tree: dict[str, Any], key: str, value: Any, said: str) -> None:
+    """Set `key`, names with dots between them, in the plain values of a recipe; `said` is how an error calls it."""
+    *path, last = key.split(".")
     section = tree
     for done, name in enumerate(path, start=1):
         inside = section.get(name)
@@ -175,16 +173,55 @@ def _change(tree: dict[str, Any], change: str) -> None:
             inside = {BARE[name]: inside}
         section[name] = section = {} if inside is None else inside
         if not isinstance(section, dict):
-            raise RecipeError(
-                f"--set {change}: {'.'.join(path[:done])} is {shown(section)}, which has no keys below it."
-            )
+            raise RecipeError(f"{said}: {'.'.join(path[:done])} is {shown(section)}, which has no keys below it.")
+    section[last] = value
+
+
+def _change(tree: dict[str, Any], change: str) -> None:
+    """Carry out one `--set KEY=VALUE`."""
+    key, sign, text = change.partition("=")
+    if not sign or not all(key.strip().split(".")):
+        raise RecipeError(f"--set {change}: expected KEY=VALUE, such as --set train.learning_rate=1e-4.")
     try:
-        section[last] = load_yaml(text)
+        value = load_yaml(text)
     except yaml.YAMLError as error:
         why = getattr(error, "problem", None) or one_line(error)
         raise RecipeError(
             f"--set {key}={shown(text)[1:-1]}: the value is not YAML ({why}). Quote it: --set '{key}=\"...\"'."
         ) from error
+    put(tree, key.strip(), value, f"--set {change}")
+
+
+def read_tree(source: Path | Mapping[str, Any], changes: Sequence[str] = ()) -> dict[str, Any]:
+    """The plain values of a recipe, in the file `source` or given, changed by `--set`.
+
+    Raises:
+        [`RecipeError`]: for what is no recipe, and numbers that nothing can be set to.
+    """
+    tree = deepcopy(dict(source)) if isinstance(source, Mapping) else _read(source)
+    if not isinstance(tree, dict):
+        raise RecipeError(f"expected keys such as task, model, data and train, found {shown(tree)}.")
+    for change in changes:
+        _change(tree, change)
+    _check_numbers(tree)
+    return tree
+
+
+def make_recipe(tree: Mapping[str, Any]) -> Recipe:
+    """The recipe that the plain values `tree` say.
+
+    Raises:
+        [`RecipeError`]: for all that is wrong with it as far as it can be told without loading anything.
+    """
+    from .tasks import TASKS
+
+    task = tree.get("task")
+    if not isinstance(task, str) or task not in TASKS:
+        found = "missing." if task is None else f"{shown(task)} is not known.{nearest(task, list(TASKS))}"
+        raise RecipeError(f"task: {found} Known tasks: {', '.join(TASKS)}.")
+    cls = TASKS[task]
+    check_keys(tree, ["task", *(one.name for one in fields(cls))], "")
+    return read_section(cls, {key: value for key, value in tree.items() if key != "task"})
 
 
 def load_recipe(path: Path, changes: Sequence[str] = (), resume: bool = False) -> Recipe:
@@ -193,20 +230,7 @@ def load_recipe(path: Path, changes: Sequence[str] = (), resume: bool = False) -
     Raises:
         [`RecipeError`]: for all that is wrong with it as far as it can be told without loading anything.
     """
-    from .tasks import TASKS
-
-    tree = _read(path)
-    if not isinstance(tree, dict):
-        raise RecipeError(f"expected keys such as task, model, data and train, found {shown(tree)}.")
-    for change in changes:
-        _change(tree, change)
-    _check_numbers(tree)
-    task = tree.get("task")
-    if not isinstance(task, str) or task not in TASKS:
-        found = "missing." if task is None else f"{shown(task)} is not known.{nearest(task, list(TASKS))}"
-        raise RecipeError(f"task: {found} Known tasks: {', '.join(TASKS)}.")
-    cls = TASKS[task]
-    check_keys(tree, ["task", *(one.name for one in fields(cls))], "")
+    tree = read_tree(path, changes)
     if resume and isinstance(tree.get("train"), dict):
         tree["train"]["resume"] = tree["train"].get("resume") or True
-    return read_section(cls, {key: value for key, value in tree.items() if key != "task"})
+    return make_recipe(tree)
