@@ -23,7 +23,7 @@ class Shown:
         raise NotImplementedError(f"{type(self).__name__} must define `_table()`.")
 
     def _render(self, width: int) -> Console:
-        console = Console(record=True, file=io.StringIO(), width=width)
+        console = Console(record=True, file=io.StringIO(), width=width, force_jupyter=False)  # else shown twice there
         console.print(self._table())
         return console
 

@@ -83,9 +83,8 @@ class RegularizerMixin(WeightsMixin):
             own = kwargs.get("optimizers"), kwargs.get("compute_loss_func")
             refuse_combinations(given, self._patches, chosen, brought, *own, model)
         self._step_terms, self._terms, self._eval_terms, self._shares = Terms(), Terms(), Terms(), Terms()
-        self._finite = FiniteTerms()
+        self._finite, self._second_forward = FiniteTerms(), SecondForward()
         self._logged_step, self.skipped_steps = 0, 0
-        self._second_forward = SecondForward()
         super().__init__(*args, **kwargs)
         check_launch(self.args, self.accelerator)
         bare, self._own_penalties = self.bare_model, list(chosen)

@@ -79,12 +79,9 @@ def drawn(function: Callable[Arguments, Made]) -> Callable[Arguments, Made]:
 
 def sheet(width: float, height: float) -> Any:
     """An empty figure of a size in inches, which belongs to no window and to no list of open figures."""
-    from matplotlib.backends.backend_agg import FigureCanvasAgg
-    from matplotlib.figure import Figure
+    from .figure import Sheet
 
-    figure = Figure(figsize=(width, height), layout="constrained")
-    FigureCanvasAgg(figure)
-    return figure
+    return Sheet(width, height)
 
 
 def looks(names: Sequence[str], reference: str | None = None) -> dict[str, dict[str, Any]]:
