@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Iterable, Mapping, Sequence
 from typing import Any
 
-from .style import BLACK, BLUE, ORANGE, drawn, plain, sheet
+from .style import BLACK, BLUE, ORANGE, drawn, legend_below, plain, sheet
 
 
 __all__ = ["calibration_error", "pool_bins", "reliability"]
@@ -89,7 +89,7 @@ def reliability(bins: Sequence[Bin] | Mapping[str, Sequence[Bin]], *, title: str
         line, column = divmod(number, columns)
         grid[2 * line, column].set_axis_off()
         grid[2 * line + 1, column].set_axis_off()
-    figure.legend(*grid[0, 0].get_legend_handles_labels(), loc="outside lower center", ncols=3 if columns > 1 else 1)
+    legend_below(figure, *grid[0, 0].get_legend_handles_labels())
     figure.suptitle(plain(title, 80)) if title else None
     return figure
 

@@ -10,7 +10,7 @@ from typing import Any
 
 from .history import Log, Series, find_series, logs_of, need_series
 from .reading import Results, read_results
-from .style import BLACK, BLUE, VERMILLION, drawn, looks, plain, sheet
+from .style import BLACK, BLUE, VERMILLION, drawn, ends, legend_below, looks, plain, sheet
 
 
 __all__ = ["learning_curves", "loss_curves"]
@@ -44,9 +44,13 @@ def learning_curves(folder: str | os.PathLike[str] | Results, measure: str | Non
         rows = [row for size in sizes if (row := results.rows.get((method, size, name))) and row["mean"] is not None]
         aside = exp(0.35 * gap * (i - (len(methods) - 1) / 2) / len(methods))
         means = [row["mean"] for row in rows]
-        spread = [[_between(row["mean"], row.get(end)) for row in rows] for end in ("low", "high")]
+        spread = [ends(row) for row in rows]
         axes.errorbar(
-            [row["size"] * aside for row in rows], means, yerr=spread, label=plain(results.labels[method]), **look
+            [row["size"] * aside for row in rows],
+            means,
+            yerr=list(zip(*spread, strict=True)) or None,
+            label=plain(results.labels[method]),
+            **look,
         )
     measured = results.measures[name]
     better = "higher is better" if measured.get("higher_is_better") else "lower is better"
@@ -58,17 +62,13 @@ def learning_curves(folder: str | os.PathLike[str] | Results, measure: str | Non
         xlabel="training examples", ylabel=f"{plain(measured.get('label') or name)} ({better})",
         title=f"Mean of {seeds} seed{'s' * (seeds != 1)}, with its 95 % interval",
     )  # fmt: skip
-    figure.legend(loc="outside lower center", ncols=3)
+    legend_below(figure, *axes.get_legend_handles_labels())
     return figure
 
 
 def _in_order(methods: Sequence[str], reference: str) -> dict[str, dict[str, Any]]:
     found = looks(methods, reference)
     return {method: found[method] for method in methods}
-
-
-def _between(value: float, end: float | None) -> float:
-    return 0.0 if end is None else abs(value - end)
 
 
 def _runs(histories: Any) -> dict[str, list[list[Log]]]:
@@ -91,6 +91,12 @@ def _mean(series: Sequence[Series]) -> Series:
         for step, value in zip(steps, values, strict=True):
             at.setdefault(step, []).append(value)
     return sorted(at), [mean(at[step]) for step in sorted(at)]
+
+
+def _from_zero(*axes: Any) -> None:
+    """Let the axis that they share begin at 0, unless a value lies below."""
+    if all(axis.dataLim.y0 >= 0 for axis in axes):
+        axes[0].set_ylim(0, None)
 
 
 @drawn
@@ -132,8 +138,9 @@ def loss_curves(histories: Any, *, reference: str | None = None, title: str = ""
             steps, values = _mean([find_series(logs, *keys) for logs in own])
             axis.plot(steps, values, label=plain(label), markevery=max(len(steps) // 8, 1), **found[label])
         axis.set(title=f"{name} loss", xlabel="step")
-    axes[0].set(ylabel="loss", ylim=(0, None))  # after both: the axis is one
-    figure.legend(*axes[1].get_legend_handles_labels(), loc="outside lower center", ncols=3)
+    axes[0].set_ylabel("loss")
+    _from_zero(*axes)
+    legend_below(figure, *axes[1].get_legend_handles_labels())
     figure.suptitle(plain(title, 80)) if title else None
     return figure
 
@@ -158,6 +165,7 @@ def _one(runs: Sequence[Sequence[Log]], title: str) -> Any:
                 steps[best], values[best], label=f"lowest held-out loss: {values[best]:.3g} at step {steps[best]}",
                 marker="*", markersize=15, color=VERMILLION, linestyle="none", zorder=3,
             )  # fmt: skip
-    axes.set(xlabel="step", ylabel="loss", ylim=(0, None), title=plain(title, 80))
-    figure.legend(loc="outside lower center", ncols=3)
+    axes.set(xlabel="step", ylabel="loss", title=plain(title, 80))
+    _from_zero(axes)
+    legend_below(figure, *axes.get_legend_handles_labels())
     return figure

@@ -6,7 +6,7 @@ import os
 from typing import Any
 
 from .reading import VERDICTS, Results, read_results
-from .style import BLACK, BLUE, GREY, VERMILLION, drawn, plain, sheet
+from .style import BLACK, BLUE, GREY, VERMILLION, drawn, ends, legend_below, plain, sheet
 
 
 __all__ = ["difference_plot", "step_costs"]
@@ -56,11 +56,16 @@ def difference_plot(folder: str | os.PathLike[str] | Results, measure: str | Non
         axes.axvline(0, color=BLACK, linewidth=1)
         for place, method in enumerate(others):
             if not (one := found.get((method, size))):
-                axes.text(0, place, "no cells yet", ha="center", va="center", fontsize=8, color=GREY)
+                axes.annotate("no pair", (0, place), (6, 0), textcoords="offset points", va="center", fontsize=8)
                 continue
-            ends = [[0.0 if one.get(end) is None else abs(one["mean"] - one[end])] for end in ("low", "high")]
             axes.errorbar(
-                one["mean"], place, xerr=ends, linestyle="none", markersize=7, label=method, **MARKS[one["verdict"]]
+                one["mean"],
+                place,
+                xerr=[[end] for end in ends(one)],
+                linestyle="none",
+                markersize=7,
+                label=method,
+                **MARKS[one["verdict"]],
             )
         axes.set_title(f"{size} examples")
         axes.set_yticks(range(len(others)), [plain(results.labels[method], 22) for method in others])
@@ -74,8 +79,8 @@ def difference_plot(folder: str | os.PathLike[str] | Results, measure: str | Non
     better = "higher" if results.measures[name].get("higher_is_better") else "lower"
     label = plain(results.measures[name].get("label") or name)
     figure.suptitle(f"{label}: difference to {plain(results.labels[results.reference])} ({better} is better)")
-    marks = [Line2D([], [], label=verdict, linestyle="none", markersize=7, **mark) for verdict, mark in MARKS.items()]
-    figure.legend(handles=marks, loc="outside lower center", ncols=3)
+    marks = [Line2D([], [], linestyle="none", markersize=7, **mark) for mark in MARKS.values()]
+    legend_below(figure, marks, list(MARKS))
     return figure
 
 
@@ -102,8 +107,8 @@ def step_costs(folder: str | os.PathLike[str] | Results) -> Any:
     axes.axvline(1, color=BLACK, linewidth=1)
     for place, method in enumerate(names):
         cost = costs[method]
-        ends = [[cost["ratio"] - cost["low"]], [cost["high"] - cost["ratio"]]]
-        axes.errorbar(cost["ratio"], place, xerr=ends, marker="o", color=BLUE, markersize=7, label=method)
+        spread = [[cost["ratio"] - cost["low"]], [cost["high"] - cost["ratio"]]]
+        axes.errorbar(cost["ratio"], place, xerr=spread, marker="o", color=BLUE, markersize=7, label=method)
         axes.annotate(
             f"{cost['ratio']:.2f}", (cost["high"], place), (8, 0), textcoords="offset points", va="center", fontsize=9
         )

@@ -125,7 +125,8 @@ def tlm_mask(
     states = _states(allowed, selected, self_masked, visible)
 
     side = 1.6 + 0.24 * max(count, 14)
-    figure = sheet(side + 0.3, side + 1.1)
+    figure = sheet(side + 0.3, side + 1.5)
+    figure.set_layout_engine("compressed")  # the grid is square
     axes = figure.subplots()
     axes.imshow(states.numpy(), cmap=ListedColormap(COLOURS), vmin=-0.5, vmax=len(COLOURS) - 0.5)
     axes.set_xticks(range(count), [plain(label, 14) for label in labels], rotation=90)
@@ -141,7 +142,7 @@ def tlm_mask(
     axes.tick_params(which="both", length=0)
     axes.set(xlabel="key: what is looked at", ylabel="query: who looks")
     kinds = int(self_masked[selected].sum()), int(selected.sum())
-    axes.set_title(
+    figure.suptitle(
         f"Token-level masking, rate {made.rate:g}: {kinds[1]} of {count - padding} tokens selected,\n"
         f"{kinds[1] - kinds[0]} siblings-masked and {kinds[0]} self-masked (one layer, seed {seed})"
     )

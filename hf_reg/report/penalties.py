@@ -33,7 +33,7 @@ def penalty_shares(history: Any) -> Any:
     seen = dict.fromkeys(key.removeprefix("loss_") for log in logs for key in log if key.startswith("loss_"))
     names = ["task", *(name for name in seen if name != "task" and not ("task" in seen and name in PARTS))]
     if "task" not in seen or len(names) < 2:
-        there = ", ".join(repr(key) for key in dict.fromkeys(key for log in logs for key in log))
+        there = ", ".join(repr(key) for key in sorted({key for log in logs for key in log}))
         raise ValueError(
             f"penalty_shares: the training logs have {there or 'no key'}; expected 'loss_task' and a 'loss_<name>', "
             "as RegularizedTrainer logs them with penalties=."

@@ -176,6 +176,7 @@ def read_results(folder: str | os.PathLike[str] | Results) -> Results:
             cells[place] = cell
     results = Results(folder, summary, list(cells.values()), current(COSTS), current(TRIALS))
     _check_names(results)
+    _check_order(results)
     _check_rows(results)
     return results
 
@@ -192,6 +193,20 @@ def _check_names(results: Results) -> None:
         verdict = (row.get("difference") or {}).get("verdict", VERDICTS[-1])
         if verdict not in VERDICTS:
             raise ValueError(f"{where}: verdict {shown(verdict)}; expected one of {', '.join(map(repr, VERDICTS))}.")
+
+
+def _check_order(results: Results) -> None:
+    for row in results.rows.values():
+        for one in (row, row.get("difference") or {}):
+            low, high = one.get("low"), one.get("high")
+            if low is not None and high is not None and low > high:
+                raise ValueError(f"{results.folder / SUMMARY} has an interval from {low} to {high}. {AGAIN}")
+    for line in results.costs:
+        if not line["low"] <= line["ratio"] <= line["high"]:
+            raise ValueError(
+                f"{results.folder / COSTS} has a ratio {line['ratio']} with quartiles from {line['low']} to "
+                f"{line['high']}. {AGAIN}"
+            )
 
 
 def _check_rows(results: Results) -> None:

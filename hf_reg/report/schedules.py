@@ -7,7 +7,7 @@ from dataclasses import fields
 from typing import Any
 
 from ..schedules import Schedule, make_schedule
-from .style import drawn, looks, plain, sheet
+from .style import drawn, legend_below, looks, plain, sheet
 
 
 __all__ = ["schedule_curves"]
@@ -79,5 +79,5 @@ def schedule_curves(
         title="Schedules",
     )  # fmt: skip
     axes.margins(y=0.08)
-    figure.legend(loc="outside lower center", ncols=3 if max(map(len, named)) < 20 else 2)
+    legend_below(figure, *axes.get_legend_handles_labels())
     return figure

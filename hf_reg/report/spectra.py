@@ -12,7 +12,7 @@ from ..adapters.drift import LayerDrift, spectrum_drift
 from ..adapters.pairs import weight_pairs
 from ..adapters.svd import readable, widened
 from ..adapters.triplets import full_precision
-from .style import BLACK, COLOURS, MARKERS, VERMILLION, drawn, plain, sheet
+from .style import BLACK, COLOURS, MARKERS, VERMILLION, drawn, legend_below, plain, sheet
 
 
 __all__ = ["drift_plot", "singular_values"]
@@ -100,7 +100,7 @@ def singular_values(
         below = max(row for row in range(lines) if row * columns + column < len(shown))
         grid[below, column].set_xlabel("number of the singular value", fontsize=9)
     figure.supylabel("singular value", fontsize=10)
-    figure.legend(*grid[0, 0].get_legend_handles_labels(), loc="outside lower center", ncols=2)
+    legend_below(figure, *grid[0, 0].get_legend_handles_labels())
     which = "all layers" if len(shown) == len(rows) else f"the {len(shown)} of {len(rows)} layers that moved most"
     figure.suptitle(f"Singular values: {which}")
     return figure

@@ -4,12 +4,25 @@ from __future__ import annotations
 
 import functools
 import io
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from typing import Any, ParamSpec, TypeVar
 
 
-__all__ = ["COLOURS", "GREY", "LINES", "MARKERS", "drawn", "in_style", "looks", "picture", "plain", "sheet"]
+__all__ = [
+    "COLOURS",
+    "GREY",
+    "LINES",
+    "MARKERS",
+    "drawn",
+    "ends",
+    "in_style",
+    "legend_below",
+    "looks",
+    "picture",
+    "plain",
+    "sheet",
+]
 
 Arguments = ParamSpec("Arguments")
 Made = TypeVar("Made")
@@ -90,6 +103,12 @@ def looks(names: Sequence[str], reference: str | None = None) -> dict[str, dict[
     return made
 
 
+def ends(row: Mapping[str, Any]) -> tuple[float, float]:
+    """How far an interval reaches below and above its mean; not at all where there is none."""
+    low, high = (row["mean"] if row.get(end) is None else row[end] for end in ("low", "high"))
+    return max(row["mean"] - low, 0.0), max(high - row["mean"], 0.0)
+
+
 def plain(text: object, longest: int = LONGEST) -> str:
     """A label as it is: of one line, of a length that fits, no formula, and not hidden from legends."""
     line = " ".join(str(text).split())
@@ -97,9 +116,17 @@ def plain(text: object, longest: int = LONGEST) -> str:
     return (f" {line}" if line.startswith("_") else line).replace("$", r"\$")
 
 
+def legend_below(figure: Any, handles: Sequence[Any], labels: Sequence[str]) -> None:
+    """Below all plots, in as many columns, up to three, as the longest label leaves room for."""
+    column = 0.075 * max((len(label) for label in labels), default=0) + 0.6  # inches: letters of 9 points, and a line
+    columns = min(max(int(figure.get_figwidth() / column), 1), 3)
+    figure.legend(handles, labels, loc="outside lower center", ncols=columns)
+
+
 def picture(figure: Any, kind: str, dpi: int = 150) -> bytes:
-    """The bytes of a PNG or SVG; the same figure gives the same bytes."""
+    """The bytes of a PNG or SVG; the same figure gives the same bytes. It is laid out once, for all its files."""
     file = io.BytesIO()
     with in_style():
         figure.savefig(file, format=kind, dpi=dpi, metadata={"Date": None} if kind == "svg" else {"Software": None})
+    figure.set_layout_engine("none")
     return file.getvalue()

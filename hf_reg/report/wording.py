@@ -86,7 +86,8 @@ def answer(results: Results) -> list[str]:
     level = f"at a level of {_percent(results.summary['alpha'])} (Holm's correction over the methods)"
     said = [f"By {label}, against {reference}, {level}:"]
     if all(verdict == NONE for verdict in verdicts):
-        said = [f"No difference shown: by {label}, no method is shown to differ from {reference} {level}, at no size."]
+        none = f"no method is shown to differ from {reference} {level}"
+        said = [f"No difference shown: by {label}, {none}, at any size compared."]
     for size, found in by_size.items():
         parts = []
         for verdict, verb in ((BETTER, "better"), (WORSE, "worse")):

@@ -56,7 +56,7 @@ def cell(method: str, number: int, skill: float, size: int, seed: int) -> dict[s
     for step in STEPS:
         t = step / 100
         train = 0.69 * float(np.exp(-4 * t)) + 0.02 * (1 + number)
-        held = loss + (0.69 - loss) * float(np.exp(-7 * t)) - 0.12 * float(np.sin(np.pi * t))
+        held = loss + (0.69 - loss) * float(np.exp(-7 * t)) - 0.3 * loss * float(np.sin(np.pi * t))
         history.append(
             {"step": step, "train_loss": train, "eval_loss": held, "accuracy": float(right.mean()) * t**0.1}
         )
@@ -79,12 +79,15 @@ def interval(values: Sequence[float]) -> tuple[float, float]:
     return float(found.low), float(found.high)
 
 
-def summary_of(cells: list[dict[str, Any]], labels: dict[str, str], missing: int) -> dict[str, Any]:
+def summary_of(
+    cells: list[dict[str, Any]], labels: dict[str, str], missing: int, measures: Sequence[str]
+) -> dict[str, Any]:
     sizes, seeds = (sorted({one[name] for one in cells}) for name in ("size", "seed"))
     reference = next(iter(labels))
     at = {(one["method"], one["size"], one["seed"]): one["measures"] for one in cells}
     rows = []
-    for measure, (_, higher) in MEASURES.items():
+    for measure in measures:
+        higher = MEASURES[measure][1]
         for size in sizes:
             tested = []
             for method in labels:
@@ -94,8 +97,8 @@ def summary_of(cells: list[dict[str, Any]], labels: dict[str, str], missing: int
                 low, high = interval(list(own.values()))
                 row: dict[str, Any] = {
                     "method": method, "size": size, "measure": measure, "n": len(own),
-                    "mean": float(np.mean(list(own.values()))), "sd": float(np.std(list(own.values()), ddof=1)),
-                    "low": low, "high": high, "difference": None,
+                    "mean": float(np.mean(list(own.values()))), "low": low, "high": high, "difference": None,
+                    "sd": float(np.std(list(own.values()), ddof=1)) if len(own) > 1 else None,
                 }  # fmt: skip
                 rows.append(row)
                 paired = [own[seed] - at[reference, size, seed][measure] for seed in own
@@ -119,7 +122,7 @@ def summary_of(cells: list[dict[str, Any]], labels: dict[str, str], missing: int
              "tuned": {"rate": 0.15, "learning_rate": 5e-05} if METHODS.get(name, ("", 0, 0, 0))[3] else None}
             for name, label in labels.items()
         ],
-        "measures": [{"name": n, "label": label, "higher_is_better": up} for n, (label, up) in MEASURES.items()],
+        "measures": [{"name": n, "label": MEASURES[n][0], "higher_is_better": MEASURES[n][1]} for n in measures],
         "rows": rows, "costs": [], "versions": {"python": "3.11", "torch": "2.13.0", "hf_reg": "0.1.0"},
         "cells": len(cells), "missing": missing,
     }  # fmt: skip
@@ -135,6 +138,7 @@ def write_folder(
     seeds: int = 4,
     leave_out: int = 0,
     names: dict[str, str] | None = None,
+    measures: Sequence[str] = ("accuracy", "ece"),
 ) -> Path:
     """A comparison of the five methods, of which the last `leave_out` cells are missing; `names` renames methods."""
     folder.mkdir(parents=True, exist_ok=True)
@@ -161,7 +165,7 @@ def write_folder(
                  "values": [{"step": 10, "loss": value + 0.1}, {"step": 20, "loss": value}][: 1 if pruned else 2],
                  "state": "pruned" if pruned else "complete", "value": None if pruned else value}
             )  # fmt: skip
-    summary = summary_of(cells, labels, leave_out)
+    summary = summary_of(cells, labels, leave_out, measures)
     summary["costs"] = [{key: line[key] for key in ("method", "ratio", "low", "high")} for line in costs]
     write_lines(folder / "cells.jsonl", cells)
     write_lines(folder / "costs.jsonl", costs)
