@@ -153,7 +153,6 @@ class Runner:
 
         curve = _Curve(trainer, self.plan.compare.evaluate_every, measure, report)
         trainer.add_callback(curve)
-        set_seed(seed)  # whatever adapters and patches have drawn
         with refused_as_run("training stopped", (ValueError, RuntimeError, OSError)):
             try:
                 trainer.train()

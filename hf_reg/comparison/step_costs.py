@@ -11,7 +11,7 @@ from statistics import quantiles
 from typing import Any
 
 import torch
-from transformers import TrainerCallback, set_seed
+from transformers import TrainerCallback
 
 from .running import Runner
 
@@ -96,7 +96,6 @@ def step_costs(
             trainer = runner.trainer(one, size, seed, folder, runner.samples.held_out, max_steps=rounds)
             trainer.add_callback(clock)
             trainers.append(trainer)
-        set_seed(seed)
 
         def train(trainer: Any) -> None:
             try:

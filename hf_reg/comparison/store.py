@@ -55,7 +55,7 @@ class Lines:
         from filelock import FileLock
 
         line = json.dumps({"schema": SCHEMA, **record}, allow_nan=False, ensure_ascii=False).encode() + b"\n"
-        with FileLock(f"{self.path}.lock"), open(self.path, "ab+") as file:
+        with FileLock(self.path.parent / ".lock"), open(self.path, "ab+") as file:
             torn = self._torn(file)
             if torn:
                 file.truncate(file.seek(0, os.SEEK_END) - torn)

@@ -138,3 +138,12 @@ def test_a_worker_that_dies_is_replaced(tmp_path: Path) -> None:
         thread.join()
     assert "was killed by signal 9" in first.said["failed"] and "done" in second.said
     assert [first.job.name, second.job.name] == ["0", "1"]
+
+
+def test_a_worker_ends_with_its_input(tmp_path: Path) -> None:
+    """In the middle of a job that takes hours, as when the process that started it is killed."""
+    plan = read_plan(recipe(tmp_path, evaluate_every=10**9), **{"train.max_steps": 10**7})
+    job = {"kind": "cell", "settings": plan.settings("tlm"), "size": 4, "seed": 0}
+    given = "".join(json.dumps(one) + "\n" for one in (plan.tree(), job))
+    command = [sys.executable, "-m", "hf_reg.comparison.worker"]
+    assert subprocess.run(command, env=environment(), input=given, text=True, timeout=60, check=False).returncode == 0

@@ -61,7 +61,7 @@ def test_methods_start_alike_and_see_the_same_rows(tmp_path: Path) -> None:
         trainer = run.trainer(run.plan.settings(method), 4, 1, str(tmp_path / "run"), run.samples.held_out)
         head = next(p for n, p in trainer.model.named_parameters() if "classifier" in n and "weight" in n)
         heads.append(head.detach().clone())
-        set_seed(99)  # what a method draws
+        set_seed(len(orders))  # methods draw as much as they like
         orders.append([batch["input_ids"].tolist() for _ in range(2) for batch in trainer.get_train_dataloader()])
     assert all(torch.equal(head, heads[0]) for head in heads)
     assert all(order == orders[0] for order in orders)

@@ -46,6 +46,7 @@ def test_the_first_trial_has_the_defaults_and_the_best_is_better() -> None:
     assert abs(best["patches.tlm.rate"] - 0.35) < 0.2 and 0.014 < best["train.learning_rate"] < 0.028
     complete = [one for one in records if one["state"] == "complete"]
     assert min(one["value"] for one in complete) < records[0]["value"] and len(complete) < len(records)
+    assert all(len(one["values"]) <= 4 for one in records)  # of the first seed alone
     pruned = next(one for one in records if one["state"] == "pruned")
     assert pruned["value"] is None and 0 < len(pruned["values"]) <= 4 and pruned["values"][0]["step"] == 10
 
