@@ -41,10 +41,9 @@ def rows_of(task: str, optional: Collection[str]) -> list[dict[str, Any]]:
         words = [text.split() for text in TEXTS]
         return [{"tokens": own, "tags": ["long" if len(word) > 3 else "short" for word in own]} for own in words]
     if task == "question-answering":
-        words = [text.split()[1] for text in TEXTS]
-        answers = [{"text": [one], "answer_start": [text.index(one)]} for one, text in zip(words, TEXTS, strict=True)]
-        asked = {"question": "what is second"}
-        return [{"context": text, **asked, "answers": own} for text, own in zip(TEXTS, answers, strict=True)]
+        second_words = [(text, text.split()[1]) for text in TEXTS]
+        answers = [(text, {"text": [word], "answer_start": [text.index(word)]}) for text, word in second_words]
+        return [{"context": text, "question": "what is second", "answers": own} for text, own in answers]
     return [{"source": text, "target": text[:10]} for text in TEXTS]
 
 
@@ -69,7 +68,7 @@ def _tokenizer() -> Any:
 def _model(family: str, width: int, longest: int, words: int) -> Any:
     import transformers as hf
 
-    ends = {"pad_token_id": 0, "bos_token_id": 1, "eos_token_id": 2, "vocab_size": words}
+    ends: dict[str, Any] = {"pad_token_id": 0, "bos_token_id": 1, "eos_token_id": 2, "vocab_size": words}
     if family == "t5":
         sizes = {"d_model": width, "d_kv": width // 4, "d_ff": 2 * width, "num_layers": 2, "num_heads": 4}
         return hf.T5ForConditionalGeneration(hf.T5Config(decoder_start_token_id=0, **sizes, **ends))
