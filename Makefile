@@ -10,7 +10,7 @@ export OMP_NUM_THREADS ?= 1
 export TOKENIZERS_PARALLELISM := false
 
 .DEFAULT_GOAL := help
-.PHONY: help demo test test-all bench lint cards clean
+.PHONY: help demo test test-all bench lint cards evidence clean
 .PRECIOUS: $(STAMP)%
 
 help:  ## list the targets
@@ -37,6 +37,9 @@ lint: $(STAMP)dev  ## ruff and mypy
 
 cards: $(STAMP)demo-test  ## render model_cards/ again (ARGS=--train: from new smoke runs of the examples)
 	HF_HUB_OFFLINE=1 $(BIN)/python -m tests.cards $(ARGS)
+
+evidence: $(STAMP)demo-compare  ## compare methods on real data with few labels, hours; goes on where it stopped
+	HF_HUB_OFFLINE=1 $(BIN)/python examples/evidence.py $(ARGS)
 
 clean:  ## remove .venv and everything built
 	rm -rf $(VENV) build dist *.egg-info .pytest_cache .ruff_cache .mypy_cache .hypothesis demo-output quickstart-output

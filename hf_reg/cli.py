@@ -23,6 +23,10 @@ app = typer.Typer(
 )
 
 
+SMOKE = Annotated[
+    bool,
+    typer.Option("--smoke", help="Try the recipe in seconds, on a tiny random model and generated rows."),
+]
 JSON = Annotated[bool, typer.Option("--json", help="Print JSON, for programs, instead of tables.")]
 
 
@@ -67,6 +71,7 @@ def train(
     ] = None,
     check: Annotated[bool, typer.Option("--check", help="Show what would be done, and load nothing.")] = False,
     resume: Annotated[bool, typer.Option("--resume", help="Go on from the last checkpoint in output_dir.")] = False,
+    smoke: SMOKE = False,
     traceback: Annotated[
         bool, typer.Option("--traceback", envvar="HF_REG_TRACEBACK", help="Show errors with their traceback.")
     ] = False,
@@ -78,7 +83,7 @@ def train(
     from .runs import train_from, user_errors
 
     with user_errors(f"hf-reg train {recipe}", traceback):
-        train_from(recipe, changes or (), check=check, resume=resume)
+        train_from(recipe, changes or (), check=check, resume=resume, smoke=smoke)
 
 
 @app.command()
@@ -92,6 +97,7 @@ def compare(
         typer.Option("--set", metavar="KEY=VALUE", help="Change the recipe: --set compare.seeds=5."),
     ] = None,
     check: Annotated[bool, typer.Option("--check", help="Show what would be run, and load nothing.")] = False,
+    smoke: SMOKE = False,
     as_json: JSON = False,
     traceback: Annotated[
         bool, typer.Option("--traceback", envvar="HF_REG_TRACEBACK", help="Show errors with their traceback.")
@@ -106,7 +112,7 @@ def compare(
     with user_errors(f"hf-reg compare {recipe}", traceback):
         from .comparison.command import compare_from
 
-        found = compare_from(recipe, changes or (), check=check, quiet=as_json)
+        found = compare_from(recipe, changes or (), check=check, quiet=as_json, smoke=smoke)
         _show(found, found.as_json() if as_json else None)
         if found.failures:
             raise typer.Exit(1)

@@ -14,6 +14,8 @@ from rich.console import Console, Group, RenderableType
 from rich.table import Table
 from rich.text import Text
 
+from ..runs.recipe import read_tree
+from ..runs.smoke import SMOKE, smoke_run
 from ..tables import Shown, terminal
 from .comparing import run_plan
 from .plan import Plan, read_plan
@@ -81,16 +83,25 @@ class PlanTable(Shown):
         return Group(plain, table, *warning)
 
 
-def compare_from(path: Path, changes: Sequence[str] = (), *, check: bool, quiet: bool) -> Comparison | PlanTable:
-    """`hf-reg compare`: with `check`, what would be run; else run it.
+def compare_from(
+    path: Path, changes: Sequence[str] = (), *, check: bool, quiet: bool, smoke: bool = False
+) -> Comparison | PlanTable:
+    """`hf-reg compare`: with `check`, what would be run; else run it, with `smoke` on what stands for model and data.
 
     Args:
         quiet (`bool`): progress goes to standard error, which is not read as JSON.
     """
-    plan = read_plan(path, changes)
+    console = Console(stderr=True) if quiet else terminal()
+    if smoke:
+        with smoke_run(read_tree(path, changes)) as tree:
+            console.print(Text(SMOKE, style="bold"), soft_wrap=True)
+            return _compare(path, read_plan(tree), console, check=check)
+    return _compare(path, read_plan(path, changes), console, check=check)
+
+
+def _compare(path: Path, plan: Plan, console: Console, *, check: bool) -> Comparison | PlanTable:
     if check:
         return PlanTable(plan)
-    console = Console(stderr=True) if quiet else terminal()
     try:
         return run_plan(plan, console)
     except KeyboardInterrupt:

@@ -94,7 +94,7 @@ class Compare(Section):
         tuning ([`Tuning`], *optional*): `none` leaves methods at their defaults.
         probe ([`Probe`], *optional*): `None`: 100 rows of the held-out data.
         evaluate_every (`int`, *optional*): optimizer steps between points of a curve; `None`: a fifth of the run.
-        cost_steps (`int`, *optional*, defaults to 30): timed steps of each method; 0 measures no cost.
+        cost_steps (`int`, *optional*, defaults to 30): timed steps of each method, 2 or more; 0 measures no cost.
         alpha (`float`, *optional*, defaults to 0.05): of verdicts, after Holm's correction.
         metric (`str`, *optional*): what methods are judged by first; `None`: the task's.
         lower_is_better (`list[str]`): metrics of the recipe's own of which that is so.
@@ -134,6 +134,8 @@ class Compare(Section):
             value = getattr(self, name)
             if value is not None and value < least:
                 raise RecipeError(f"{where}.{name}: {value} is out of range; give {least} or more.")
+        if self.cost_steps == 1:
+            raise RecipeError(f"{where}.cost_steps: one step has no quartiles; give 2 or more, or 0 for none.")
 
     @property
     def every_seed(self) -> list[int]:

@@ -12,9 +12,10 @@ from hf_reg import __version__
 
 from ..tables import terminal
 from .data import load_data
-from .errors import refused_as_run
-from .recipe import Recipe, load_recipe
+from .errors import UseError, refused_as_run
+from .recipe import Recipe, load_recipe, make_recipe, read_tree
 from .settings import Settings, make_settings
+from .smoke import SMOKE, smoke_run
 
 
 __all__ = ["run_recipe", "train_from"]
@@ -69,18 +70,32 @@ def _be_quiet() -> None:
     logging.set_verbosity_error()
 
 
-def train_from(path: Path, changes: Sequence[str] = (), *, check: bool = False, resume: bool = False) -> None:
-    """`hf-reg train`: with `check`, print what would be done; else do it."""
-    recipe = load_recipe(path, changes, resume)
+def train_from(
+    path: Path, changes: Sequence[str] = (), *, check: bool = False, resume: bool = False, smoke: bool = False
+) -> None:
+    """`hf-reg train`: with `check`, print what would be done; else do it, with `smoke` on what stands for model and
+    data."""
+    if not smoke:
+        _train(load_recipe(path, changes, resume), check=check)
+        return
+    if resume:
+        raise UseError("--smoke and --resume: a smoke run keeps nothing to go on from. Leave one out.")
+    with smoke_run(read_tree(path, changes)) as tree:
+        _train(make_recipe(tree), check=check, note=SMOKE)
+
+
+def _train(recipe: Recipe, *, check: bool, note: str = "") -> None:
     settings = make_settings(recipe)
     from .report import metrics_table, plan_table
 
     console = terminal()
     console.quiet = settings.args.process_index != 0
+    if note:
+        console.print(Text(note, style="bold"), soft_wrap=True)
     if check:
         console.print(Text(recipe.resolved()), soft_wrap=True)
         console.print(plan_table(recipe, settings))
         return
     metrics = run_recipe(recipe, settings, console)
     console.print(metrics_table(metrics))
-    console.print(Text(f"The model is in {settings.args.output_dir}."), soft_wrap=True)
+    console.print(Text(note or f"The model is in {settings.args.output_dir}."), soft_wrap=True)
