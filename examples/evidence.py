@@ -28,6 +28,7 @@ from typing import Any
 from local_models import CACHE, NotAvailable, wheel
 
 from hf_reg.demo_data import DemoError, load_articles, minilm_folder
+from hf_reg.yaml_text import load_yaml
 
 
 ROOT = Path(__file__).resolve().parents[1]
@@ -127,20 +128,28 @@ def _cell(row: Mapping[str, Any] | None) -> str:
     return f"{100 * row['mean']:.1f}" + (f" ({difference['verdict']})" if shown else "")
 
 
-def table(summary: Mapping[str, Any], title: str) -> str:
+def planned(name: str) -> int:
+    """The cells of the whole comparison."""
+    compare = load_yaml((ROOT / "examples" / "recipes" / f"evidence_{name}.yaml").read_text())["compare"]
+    return len(compare["methods"]) * len(compare["sizes"]) * compare["seeds"]
+
+
+def table(summary: Mapping[str, Any], name: str) -> str:
     """What a comparison has found as Markdown: what was run, and the task's metric by method and size."""
     metric, sizes, seeds = summary["metric"]["name"], summary["sizes"], summary["seeds"]
     rows = {(row["method"], row["size"]): row for row in summary["rows"] if row["measure"] == metric}
     labels = {one["name"]: one["label"] for one in summary["methods"]}
     tuned = any(one["tuned"] is not None for one in summary["methods"])
-    missing = f" {summary['missing']} of its cells are missing." if summary["missing"] else ""
+    whole, missing = planned(name), f", {summary['missing']} missing" if summary["missing"] else ""
+    part = f"a part, {summary['cells']} of {whole} cells" if summary["cells"] < whole else f"all {whole} cells"
     said = (
-        f"{title}: {metric} in percent on {HELD_OUT} held-out rows, mean of {len(seeds)} seeds ({summary['cells']} "
-        f"cells); methods {'tuned' if tuned else 'at their defaults, none tuned'}.{missing} In brackets: a difference "
-        f"to {labels[summary['reference']]} that is shown at a level of {summary['alpha']:g} after Holm's correction."
+        f"{DATASETS[name][0]}: {part}{missing}; {metric} in percent on {HELD_OUT} held-out rows, mean of {len(seeds)} "
+        f"seeds; methods {'tuned' if tuned else 'at their defaults, none tuned'}. A difference to "
+        f"{labels[summary['reference']]} that is shown at a level of {summary['alpha']:g} after Holm's correction is "
+        "named in brackets; of the others no difference is shown."
     )
     lines = [["method", *(f"{size} labels" for size in sizes)], ["---"] * (1 + len(sizes))]
-    lines += [[label, *(_cell(rows.get((name, size))) for size in sizes)] for name, label in labels.items()]
+    lines += [[label, *(_cell(rows.get((method, size))) for size in sizes)] for method, label in labels.items()]
     return said + "\n\n" + "\n".join(f"| {' | '.join(line)} |" for line in lines)
 
 
@@ -148,7 +157,7 @@ def section(cards: Path) -> str:
     """The part of README.md between the marks, from what is recorded in `cards`."""
     found = {name: cards / name / "summary.json" for name in DATASETS}
     parts = [
-        f"{table(json.loads(path.read_text()), DATASETS[name][0])}\n\n[Report](model_cards/evidence/{name}/report.md)."
+        f"{table(json.loads(path.read_text()), name)}\n\n[Report](model_cards/evidence/{name}/report.md)."
         for name, path in found.items() if path.is_file()
     ]  # fmt: skip
     return "\n\n".join(parts or ["Nothing is recorded yet."])

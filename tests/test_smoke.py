@@ -20,8 +20,8 @@ from .tiny_runs import refused, train, write
 
 
 RECIPES = sorted((Path(__file__).parents[1] / "examples" / "recipes").glob("*.yaml"))
-QUICK = {"glue_deberta_v3_base", "metamath_sorsa", "metamath_balora"}
-SAMPLE = [path if path.stem in QUICK else pytest.param(path, marks=pytest.mark.slow) for path in RECIPES]
+SLOW = ("compare", "evidence")
+SAMPLE = [pytest.param(path, marks=pytest.mark.slow if path.stem.startswith(SLOW) else ()) for path in RECIPES]
 
 
 def told(text: str) -> str:

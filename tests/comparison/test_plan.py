@@ -83,6 +83,7 @@ WRONG = {
     "compare.seeds=0": "compare.seeds: found 0",
     "compare.alpha=1": "compare.alpha: 1 is out of range",
     "compare.threads=0": "compare.threads: 0 is out of range",
+    "compare.cost_steps=1": "compare.cost_steps: one step has no quartiles",
     "compare.tuning={seeds: [1]}": "compare.tuning.seeds: [1] has seeds of the comparison.",
     "compare.tuning={trials: 0}": "compare.tuning: found 0 trials",
     "compare.tuning={search: {tml: {}}}": "compare.tuning.search.tml: is no method here. Did you mean 'tlm'?",
