@@ -10,7 +10,7 @@ import torch
 from torch import nn
 
 from hf_reg.base import Patch, RateGate, check_choice, check_range
-from hf_reg.draws.units import stay, stay_and_scale
+from hf_reg.draws.units import drop_by, stay
 from hf_reg.seams.own_attention import SeamHook
 from hf_reg.seams.projection import follow
 from hf_reg.sites.ffn import FfnSite
@@ -132,7 +132,7 @@ class StandoutGate(RateGate):
         rate = self.rate if torch.compiler.is_compiling() else self.p * self.factor
         keep_of = partial(keep_probability, p=rate, alpha=self.patch.alpha, beta=self.patch.beta)
         if not self.patch.in_eval:
-            return states * stay_and_scale(z, keep_of)
+            return drop_by(states, z, keep_of)
         return states * (stay(keep_of(z)) if self.training else keep_of(z))
 
     def notes(self) -> str:

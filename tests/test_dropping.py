@@ -5,7 +5,7 @@ from __future__ import annotations
 import pytest
 import torch
 
-from hf_reg.draws.units import drop_units, stay, stay_and_scale
+from hf_reg.draws.units import drop_by, drop_units, stay
 
 
 @pytest.mark.parametrize("rate", [0.0, 0.1, 0.5, 0.9])
@@ -74,11 +74,27 @@ def test_a_probability_for_each_unit(dtype: torch.dtype) -> None:
 def test_what_stays_is_scaled_so_that_the_mean_stays(dtype: torch.dtype, rows: int) -> None:
     z = torch.tensor([-2.0, 0.0, 2.0, 9.0, 1.0]).repeat(rows, 1).to(dtype).requires_grad_()
     for like in (z, z[:, 1:4], z.T):
-        scale = stay_and_scale(like, torch.sigmoid)
+        ones = torch.ones(like.shape, dtype=dtype, requires_grad=True)
+        scale = drop_by(ones, like, torch.sigmoid)
         keep = torch.sigmoid(like.detach())
-        assert scale.shape == like.shape and scale.dtype == dtype and not scale.requires_grad
+        assert scale.shape == like.shape and scale.dtype == dtype
         stays = scale != 0
         torch.testing.assert_close(scale[stays], 1 / keep[stays])
+        scale.sum().backward()
+        assert torch.equal(ones.grad, scale) and z.grad is None
         if rows > 3:
             rows_of = -1 if like.shape[-1] == rows else 0
             torch.testing.assert_close(stays.float().mean(rows_of), keep.float().mean(rows_of), atol=0.015, rtol=0)
+
+
+def test_second_derivatives_of_probabilities_for_each_unit() -> None:
+    like = torch.randn(7, dtype=torch.float32)
+
+    def dropped(states: torch.Tensor) -> torch.Tensor:
+        torch.manual_seed(0)
+        return drop_by(states, like, lambda z: torch.sigmoid(z).double())
+
+    states = torch.randn(7, dtype=torch.float64, requires_grad=True)
+    assert torch.autograd.gradcheck(dropped, states, eps=1e-3) and torch.autograd.gradgradcheck(
+        dropped, states, eps=1e-3
+    )

@@ -12,9 +12,10 @@ from typing import Any
 import torch
 
 
-__all__ = ["LEVELS", "drop_units", "random_bits", "stay", "stay_and_scale"]
+__all__ = ["LEVELS", "drop_by", "drop_units", "random_bits", "stay"]
 
 PIECE = 65536  # units at a time: what a step of arithmetic leaves behind stays in the cache of a core; as measured
+Keep = Callable[[torch.Tensor], torch.Tensor]
 LEVELS = 65536  # 16 bits a unit: a rate is met to 8e-6, and the mean exactly, since what is met is what is scaled by
 
 
@@ -47,24 +48,49 @@ def stay(keep: torch.Tensor) -> torch.Tensor:
     return torch.lt(random_bits(keep.shape).float(), levels, out=levels).to(keep.dtype)
 
 
-def stay_and_scale(like: torch.Tensor, keep_of: Callable[[torch.Tensor], torch.Tensor]) -> torch.Tensor:
-    """1 / keep with probability keep, and else 0: what to multiply units by, so that their mean stays.
+class _Drawn(torch.autograd.Function):
+    """`states / keep` where a unit stays and 0 elsewhere, piece by piece; a byte a unit is kept, `keep` is not."""
+
+    @staticmethod
+    def forward(
+        ctx: Any, states: torch.Tensor, like: torch.Tensor, keep_of: Keep, stays: torch.Tensor | None
+    ) -> torch.Tensor:
+        result = torch.empty(states.shape, dtype=states.dtype)
+        draws = stays is None
+        stays = torch.empty(states.shape, dtype=torch.uint8) if stays is None else stays
+        pieces = (one.reshape(-1).split(PIECE) for one in (states, like, stays, result))
+        for given, about, stay_here, out in zip(*pieces, strict=True):
+            keep = keep_of(about).float()
+            if draws:
+                levels = keep.mul(LEVELS).sub_(LEVELS // 2)
+                torch.lt(random_bits(about.shape).float(), levels, out=stay_here)
+            torch.mul(given, stay_here.float().div_(keep), out=out)
+        ctx.save_for_backward(like, stays)
+        ctx.keep_of = keep_of
+        return result
+
+    @staticmethod
+    def backward(ctx: Any, *grads: Any) -> Any:
+        like, stays = ctx.saved_tensors
+        return _Drawn.apply(grads[0], like, ctx.keep_of, stays), None, None, None
+
+
+def drop_by(states: torch.Tensor, like: torch.Tensor, keep_of: Keep) -> torch.Tensor:
+    """Dropout with a probability for each unit: divided by it where the unit stays, so that the mean stays.
 
     Args:
-        like (`torch.Tensor`): of any shape; what follows has it too, without a gradient.
+        states (`torch.Tensor`): of any shape.
+        like (`torch.Tensor` of the same shape): what the probabilities follow from; without a gradient.
         keep_of (`Callable`): the probability to keep each unit, in (0, 1], a new tensor, of `like` or a piece of it.
+
+    Returns:
+        `torch.Tensor`: of the shape and dtype of `states`.
     """
     like = like.detach()
     if like.device.type != "cpu" or torch.compiler.is_compiling():
         keep = keep_of(like)
-        return stay(keep).div_(keep)
-    scale = torch.empty(like.shape, dtype=like.dtype)
-    pieces = (one.reshape(-1).split(PIECE) for one in (like, random_bits(like.shape), scale))
-    for piece, bits, out in zip(*pieces, strict=True):
-        keep = keep_of(piece).float()
-        levels = keep.mul(LEVELS).sub_(LEVELS // 2)
-        torch.div(torch.lt(bits.float(), levels, out=levels), keep, out=out)
-    return scale
+        return states * stay(keep).div_(keep)
+    return _Drawn.apply(states, like, keep_of, None)
 
 
 def drop_units(states: torch.Tensor, rate: float) -> torch.Tensor:

@@ -51,7 +51,7 @@ class _Attention(torch.autograd.Function):
             if mask is not None:
                 scores.masked_fill_(blind, 0)
             torch.ge(random_bits(kept.shape), level - LEVELS // 2, out=kept)
-            torch.bmm(kept.to(scores.dtype).mul_(up).mul_(scores), value[place], out=output[place])
+            torch.bmm(kept.to(scores.dtype).mul_(scores), value[place] * up, out=output[place])
         ctx.save_for_backward(query, key, value, probabilities, keep)
         ctx.up, ctx.scale = up, scale
         return output
@@ -62,13 +62,13 @@ class _Attention(torch.autograd.Function):
         query, key, value, probabilities, keep = ctx.saved_tensors
         of_query, of_key, of_value = torch.empty_like(query), torch.empty_like(key), torch.empty_like(value)
         for place in _pieces(probabilities.shape):
-            chances, out = probabilities[place], grad[place]
-            kept = keep[place].to(chances.dtype).mul_(ctx.up)
-            torch.bmm((chances * kept).transpose(1, 2), out, out=of_value[place])
+            chances, out = probabilities[place], grad[place] * ctx.up
+            kept = keep[place].to(chances.dtype)
             change = torch.bmm(out, value[place].transpose(1, 2)).mul_(kept)
-            change = change.sub_((change * chances).sum(-1, keepdim=True)).mul_(chances).mul_(ctx.scale)
-            torch.bmm(change, key[place], out=of_query[place])
-            torch.bmm(change.transpose(1, 2), query[place], out=of_key[place])
+            torch.bmm(kept.mul_(chances).transpose(1, 2), out, out=of_value[place])
+            change = torch._softmax_backward_data(change, chances, -1, chances.dtype)
+            torch.bmm(change, key[place] * ctx.scale, out=of_query[place])
+            torch.bmm(change.transpose(1, 2), query[place] * ctx.scale, out=of_key[place])
         return of_query, of_key, of_value, None, None, None
 
 
