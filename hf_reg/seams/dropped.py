@@ -39,6 +39,7 @@ class _Attention(torch.autograd.Function):
         shape = (batch, heads, rows, key.shape[2])
         probabilities, keep = query.new_empty(shape), torch.empty(shape, dtype=torch.uint8)
         output = query.new_empty(*shape[:3], value.shape[3])
+        ctx.of_mask = None if mask is None else mask.shape
         mask = mask if mask is None else mask.expand(shape)
         up = LEVELS / (LEVELS - level)
         for place in _pieces(shape):
@@ -61,15 +62,19 @@ class _Attention(torch.autograd.Function):
     def backward(ctx: Any, grad: torch.Tensor) -> tuple[Any, ...]:
         query, key, value, probabilities, keep = ctx.saved_tensors
         of_query, of_key, of_value = torch.empty_like(query), torch.empty_like(key), torch.empty_like(value)
+        of_scores = torch.empty_like(probabilities) if ctx.needs_input_grad[3] else None
         for place in _pieces(probabilities.shape):
             chances, out = probabilities[place], grad[place] * ctx.up
             kept = keep[place].to(chances.dtype)
             change = torch.bmm(out, value[place].transpose(1, 2)).mul_(kept)
             torch.bmm(kept.mul_(chances).transpose(1, 2), out, out=of_value[place])
             change = torch._softmax_backward_data(change, chances, -1, chances.dtype)
+            if of_scores is not None:
+                of_scores[place] = change
             torch.bmm(change, key[place] * ctx.scale, out=of_query[place])
             torch.bmm(change.transpose(1, 2), query[place] * ctx.scale, out=of_key[place])
-        return of_query, of_key, of_value, None, None, None
+        of_mask = None if of_scores is None else of_scores.sum_to_size(ctx.of_mask)
+        return of_query, of_key, of_value, of_mask, None, None
 
 
 def dropped_attention(
@@ -86,15 +91,14 @@ def dropped_attention(
     Returns:
         `torch.Tensor` of shape `(B, H, Tq, D)`.
     """
-    level = round(dropout_p * LEVELS)
+    level = round(dropout_p * LEVELS)  # nothing below may depend on who needs a gradient: layers are run again
     states = query, key, value
-    learned = attn_mask is not None and (attn_mask.requires_grad or attn_mask.dim() > 4)
     if (
         not 0 < level < LEVELS
         or any(one.dim() != 4 or one.device.type != "cpu" or len(one) != len(query) for one in states)
         or query.dtype not in (torch.float32, torch.float64)
         or torch.is_autocast_enabled("cpu")
-        or learned
+        or (attn_mask is not None and attn_mask.dim() > 4)
     ):
         return functional.scaled_dot_product_attention(
             *states, attn_mask, dropout_p, is_causal, scale=scale, enable_gqa=enable_gqa
