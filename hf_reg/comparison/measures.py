@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
 from typing import Any
@@ -16,7 +16,7 @@ from ..runs.models import load_model, load_tokenizer
 from .plan import Plan
 
 
-__all__ = ["Base", "Diverged", "calibration", "evaluated", "expected_error", "penalty_shares"]
+__all__ = ["Base", "Diverged", "calibration", "evaluated", "penalty_shares"]
 
 BINS = 10  # of confidence, of equal width
 IGNORED = -100  # of the loss
@@ -100,14 +100,6 @@ def calibration(trainer: Any, kind: str | None) -> list[dict[str, float]] | None
         }
         for index, n in enumerate(count)
     ]  # fmt: skip
-
-
-def expected_error(bins: Sequence[Mapping[str, float]] | None) -> float | None:
-    """The expected calibration error: the mean distance of confidence and accuracy over bins, weighted by count."""
-    if bins is None:
-        return None
-    total = sum(one["count"] for one in bins)
-    return sum(one["count"] * abs(one["confidence"] - one["accuracy"]) for one in bins) / total
 
 
 def penalty_shares(trainer: Any) -> dict[str, float]:

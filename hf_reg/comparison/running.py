@@ -16,9 +16,10 @@ from ..base import Gate
 from ..dropout import set_dropout
 from ..dropout.places import Map
 from ..patching import unwrap
+from ..report import calibration_error
 from ..runs.errors import one_line, refused_as_run
 from ..runs.settings import make_settings
-from .measures import Base, Diverged, calibration, evaluated, expected_error, penalty_shares
+from .measures import Base, Diverged, calibration, evaluated, penalty_shares
 from .plan import Plan
 from .samples import Samples
 
@@ -127,7 +128,8 @@ class Runner:
             last = curve[-1]
             measures: dict[str, float | None] = {key: value for key, value in last.items() if key != "step"}
             measures["gap"] = last["eval_loss"] - last["train_loss"]
-            measures["ece"], measures["drift"] = expected_error(bins), base.drift(trainer.model)
+            measures["ece"] = None if bins is None else calibration_error(bins)
+            measures["drift"] = base.drift(trainer.model)
             found = {
                 "measures": measures, "history": curve, "calibration": bins, "penalties": penalty_shares(trainer),
             }  # fmt: skip

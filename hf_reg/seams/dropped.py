@@ -1,4 +1,4 @@
-"""Dropout of attention probabilities on a CPU, where sdpa with dropout falls back to code of 1.15 times a whole step.
+"""Dropout of attention probabilities on a CPU, where sdpa with dropout falls back to code that takes 1.14 times as long.
 
 A few heads at a time, so that their scores stay in the cache of a core, with the masks of `draws/units.py`. All that
 models and transformers do around `scaled_dot_product_attention` stays as it is: only that call is answered here.

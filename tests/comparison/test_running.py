@@ -14,7 +14,7 @@ import torch
 from transformers import set_seed
 
 from hf_reg import describe
-from hf_reg.comparison.measures import BINS, Diverged, calibration, expected_error
+from hf_reg.comparison.measures import BINS, Diverged, calibration
 from hf_reg.comparison.plan import read_plan
 from hf_reg.comparison.running import Runner, apply_dropout
 
@@ -117,11 +117,6 @@ def test_confidence_of_a_language_model_is_that_of_the_next_token(tmp_path: Path
     assert sum(one["count"] for one in bins) == count
     assert sum(one["count"] * one["accuracy"] for one in bins) == pytest.approx(right)
     assert sum(one["count"] * one["confidence"] for one in bins) == pytest.approx(confidence, rel=1e-4)
-
-
-def test_expected_error_by_hand() -> None:
-    bins = [{"count": 3, "confidence": 0.5, "accuracy": 1 / 3}, {"count": 1, "confidence": 0.9, "accuracy": 1.0}]
-    assert expected_error(bins) == pytest.approx((3 * (0.5 - 1 / 3) + 0.1) / 4) and expected_error(None) is None
 
 
 @pytest.mark.parametrize("task", ["sequence-classification", "causal-lm", "seq2seq"])
