@@ -26,11 +26,22 @@ def test_rate_scale_and_gradient(rate: float, dtype: torch.dtype) -> None:
     assert torch.equal(states.grad, dropped.detach())
 
 
-def test_the_mean_is_kept_exactly() -> None:
-    """The scale belongs to the rate that 16 bits can meet."""
-    level = round(0.3 * 65536)
-    values = drop_units(torch.ones(1000, dtype=torch.float64), 0.3)
-    assert values.max().item() == 65536 / (65536 - level)
+@pytest.mark.parametrize("rate", [0.1, 0.3, 1 / 512, 0.997])
+def test_a_rate_that_a_byte_cannot_meet_is_met(rate: float) -> None:
+    """And the scale is that of the rate."""
+    values = torch.stack([drop_units(torch.ones(65_536 * 4 + 5, dtype=torch.float64), rate) for _ in range(8)])
+    assert values.max().item() == pytest.approx(1 / (1 - rate), rel=1e-12)
+    share = (values == 0).double().mean().item()
+    assert abs(share - rate) < 4.5 * (rate * (1 - rate) / values.numel()) ** 0.5
+
+
+def test_the_number_that_is_dropped_varies_as_of_independent_units() -> None:
+    """Units share the start of the fine parts, which must not show in their sum."""
+    ones, rate = torch.ones(4096), 0.3 + 1 / 512
+    counts = torch.tensor([(drop_units(ones, rate) == 0).sum() for _ in range(3000)]).double()
+    expected = ones.numel() * rate * (1 - rate)
+    assert abs(counts.mean().item() - ones.numel() * rate) < 4.5 * (expected / 3000) ** 0.5
+    assert 0.88 < counts.var().item() / expected < 1.12  # 4.5 standard errors
 
 
 def test_units_are_independent_and_follow_the_seed() -> None:
@@ -39,7 +50,7 @@ def test_units_are_independent_and_follow_the_seed() -> None:
     torch.manual_seed(5)
     assert torch.equal(one, drop_units(torch.ones(4, 50_001), 0.5)) and not torch.equal(one, other)
     kept = (one.flatten() != 0).double()
-    for lag in (1, 2, 3, 4, 7):  # four neighbours come from one draw
+    for lag in (1, 2, 3, 4, 7, 8, 65_536):  # eight neighbours come from one draw, and bars repeat
         assert abs(torch.corrcoef(torch.stack([kept[lag:], kept[:-lag]]))[0, 1].item()) < 0.01
 
 
