@@ -3,6 +3,7 @@ memory as torch's own allocator records it: a count of bytes, the same in every 
 
 from __future__ import annotations
 
+import ctypes
 import json
 import random
 import statistics
@@ -33,6 +34,21 @@ class Row:
         if self.target is None:
             return None
         return self.ratio >= self.target if self.at_least else self.ratio <= self.target
+
+
+def keep_freed_memory() -> None:
+    """Have malloc keep for this process what it frees. By default glibc gives large blocks back and takes them again,
+    now and then, and on a virtual machine the page faults are 1 to 6 % of a step, of which variant is chance.
+
+    Raises:
+        `OSError`: where the C library is not glibc.
+    """
+    library = ctypes.CDLL(None)
+    if not hasattr(library, "mallopt"):
+        raise OSError("The benchmarks need glibc, whose malloc can be told to keep the memory that is freed.")
+    trim_threshold, mmap_max = -1, -4  # of malloc.h
+    if not (library.mallopt(trim_threshold, 2**31 - 1) and library.mallopt(mmap_max, 0)):
+        raise OSError("mallopt refused M_TRIM_THRESHOLD or M_MMAP_MAX.")
 
 
 def interleave(
