@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Iterator, Sequence
-from contextlib import contextmanager
+from contextlib import contextmanager, nullcontext
 from dataclasses import dataclass
 from typing import Any
 
@@ -16,7 +16,7 @@ from ..runs.models import load_model, load_tokenizer
 from .plan import Plan
 
 
-__all__ = ["Base", "Diverged", "calibration", "evaluated", "penalty_shares"]
+__all__ = ["Base", "Bins", "Diverged", "evaluated", "penalty_shares"]
 
 BINS = 10  # of confidence, of equal width
 IGNORED = -100  # of the loss
@@ -48,14 +48,17 @@ def _apart(trainer: Any) -> Iterator[None]:
         trainer.model.train(training)
 
 
-def evaluated(trainer: Any, further: Any) -> dict[str, float]:
+def evaluated(trainer: Any, further: Any, bins: Bins | None = None) -> dict[str, float]:
     """`train_loss` and `eval_loss`, in evaluation mode and of the task alone, and the metrics of the held-out data.
 
     Args:
         further (`Callable`): what follows from metrics, see [`Recipe.further_metrics`].
+        bins ([`Bins`], *optional*): is filled from the held-out data.
     """
     with _apart(trainer):
-        found = trainer.evaluate()
+        watching = nullcontext() if bins is None else trainer.model.register_forward_hook(bins, with_kwargs=True)
+        with watching:
+            found = trainer.evaluate()
         found |= further(found)
         trainer.compute_metrics = None
         train = trainer.evaluate(trainer.train_dataset, metric_key_prefix="train")["train_loss"]
@@ -68,38 +71,39 @@ def evaluated(trainer: Any, further: Any) -> dict[str, float]:
     return numbers
 
 
-def calibration(trainer: Any, kind: str | None) -> list[dict[str, float]] | None:
-    """How often the likeliest class, or token, is right, by its probability: ten bins of equal width.
+class Bins:
+    """How often the likeliest class, or token, is right, by its probability: ten bins of equal width. A forward hook,
+    so that calibration takes no pass of its own.
 
     Args:
-        kind (`str`, *optional*): see [`TaskFacts`]; without one there is nothing to tell.
+        kind (`str`): see [`TaskFacts`].
     """
-    if kind is None:
-        return None
-    totals = torch.zeros(3, BINS, dtype=torch.float64)
-    model = trainer.model.eval()
-    with _apart(trainer), torch.inference_mode():
-        for batch in trainer.get_eval_dataloader():
-            inputs = trainer._prepare_inputs(batch)
-            with trainer.compute_loss_context_manager():
-                logits = model(**inputs).logits
-            labels = inputs["labels"]
-            if kind == "next":
-                logits, labels = logits[..., :-1, :], labels[..., 1:]
-            counts = labels != IGNORED
-            confidence, chosen = logits[counts].double().softmax(-1).max(-1)
-            right = (chosen == labels[counts]).double()
-            places = (confidence * BINS).long().clamp(max=BINS - 1).cpu()
-            for row, values in zip(totals, (torch.ones_like(right), confidence, right), strict=True):
-                row.index_add_(0, places, values.cpu())
-    count, confidence, right = totals.tolist()
-    return [
-        {
-            "low": index / BINS, "high": (index + 1) / BINS, "count": int(n),
-            "confidence": confidence[index] / n if n else 0.0, "accuracy": right[index] / n if n else 0.0,
-        }
-        for index, n in enumerate(count)
-    ]  # fmt: skip
+
+    def __init__(self, kind: str) -> None:
+        self.kind = kind
+        self.totals = torch.zeros(3, BINS, dtype=torch.float64)
+
+    def __call__(self, model: nn.Module, args: Any, inputs: Any, output: Any) -> None:
+        logits, labels = output.logits, inputs["labels"]
+        if self.kind == "next":
+            logits, labels = logits[..., :-1, :], labels[..., 1:]
+        counts = labels != IGNORED
+        confidence, chosen = logits[counts].double().softmax(-1).max(-1)
+        right = (chosen == labels[counts]).double()
+        places = (confidence * BINS).long().clamp(max=BINS - 1).cpu()
+        for row, values in zip(self.totals, (torch.ones_like(right), confidence, right), strict=True):
+            row.index_add_(0, places, values.cpu())
+
+    def lines(self) -> list[dict[str, float]]:
+        """As `cells.jsonl` has them."""
+        count, confidence, right = self.totals.tolist()
+        return [
+            {
+                "low": index / BINS, "high": (index + 1) / BINS, "count": int(n),
+                "confidence": confidence[index] / n if n else 0.0, "accuracy": right[index] / n if n else 0.0,
+            }
+            for index, n in enumerate(count)
+        ]  # fmt: skip
 
 
 def penalty_shares(trainer: Any) -> dict[str, float]:

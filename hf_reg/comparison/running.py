@@ -19,7 +19,7 @@ from ..patching import unwrap
 from ..report import calibration_error
 from ..runs.errors import one_line, refused_as_run
 from ..runs.settings import make_settings
-from .measures import Base, Diverged, calibration, evaluated, penalty_shares
+from .measures import Base, Bins, Diverged, evaluated, penalty_shares
 from .plan import Plan
 from .samples import Samples
 
@@ -123,15 +123,17 @@ class Runner:
         """The numbers of a cell, as `cells.jsonl` has them."""
         base = self.base  # loaded before anything is drawn
         with tempfile.TemporaryDirectory() as folder:
-            trainer, curve = self._trained(settings, size, seed, folder, self.samples.held_out, _goes_on)
-            bins = calibration(trainer, self.plan.facts.confidence)
+            kind = self.plan.facts.confidence
+            bins = None if kind is None else Bins(kind)
+            trainer, curve = self._trained(settings, size, seed, folder, self.samples.held_out, _goes_on, bins)
+            lines = None if bins is None else bins.lines()
             last = curve[-1]
             measures: dict[str, float | None] = {key: value for key, value in last.items() if key != "step"}
             measures["gap"] = last["eval_loss"] - last["train_loss"]
-            measures["ece"] = None if bins is None else calibration_error(bins)
+            measures["ece"] = None if lines is None else calibration_error(lines)
             measures["drift"] = base.drift(trainer.model)
             found = {
-                "measures": measures, "history": curve, "calibration": bins, "penalties": penalty_shares(trainer),
+                "measures": measures, "history": curve, "calibration": lines, "penalties": penalty_shares(trainer),
             }  # fmt: skip
         del trainer
         gc.collect()
@@ -145,13 +147,15 @@ class Runner:
         return curve[-1]["eval_loss"] if curve else None
 
     def _trained(
-        self, settings: Mapping[str, Any], size: int, seed: int, folder: str, held_out: Any, report: Report
+        self, settings: Mapping[str, Any], size: int, seed: int, folder: str, held_out: Any, report: Report,
+        bins: Bins | None = None,
     ) -> tuple[Any, list[dict[str, float]]]:
-        """A trainer after training, and its curve; the curve of a run that was stopped is empty."""
+        """A trainer after training, and its curve; the curve of a run that was stopped is empty. The
+        held-out data at its end fill the bins."""
         trainer = self.trainer(settings, size, seed, folder, held_out)
 
-        def measure() -> dict[str, float]:
-            return evaluated(trainer, self.plan.recipe.further_metrics)
+        def measure(bins: Bins | None = None) -> dict[str, float]:
+            return evaluated(trainer, self.plan.recipe.further_metrics, bins)
 
         curve = _Curve(trainer, self.plan.compare.evaluate_every, measure, report)
         trainer.add_callback(curve)
@@ -162,4 +166,4 @@ class Runner:
                 raise Diverged(one_line(error)) from error
         if curve.stopped:
             return trainer, []
-        return trainer, [*curve.points, {"step": trainer.state.global_step, **measure()}]
+        return trainer, [*curve.points, {"step": trainer.state.global_step, **measure(bins)}]

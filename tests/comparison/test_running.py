@@ -14,7 +14,7 @@ import torch
 from transformers import set_seed
 
 from hf_reg import describe
-from hf_reg.comparison.measures import BINS, Diverged, calibration
+from hf_reg.comparison.measures import BINS, Bins, Diverged, evaluated
 from hf_reg.comparison.plan import read_plan
 from hf_reg.comparison.running import Runner, apply_dropout
 
@@ -113,7 +113,9 @@ def test_confidence_of_a_language_model_is_that_of_the_next_token(tmp_path: Path
             top, chosen = trainer.model.eval()(input_ids=ids).logits[:, :-1].softmax(-1).max(-1)
         right, count = right + int((chosen == ids[:, 1:]).sum()), count + ids.shape[1] - 1
         confidence += float(top.sum())
-    bins = calibration(trainer, "next") or []
+    found = Bins("next")
+    evaluated(trainer, run.plan.recipe.further_metrics, found)
+    bins = found.lines()
     assert sum(one["count"] for one in bins) == count
     assert sum(one["count"] * one["accuracy"] for one in bins) == pytest.approx(right)
     assert sum(one["count"] * one["confidence"] for one in bins) == pytest.approx(confidence, rel=1e-4)
