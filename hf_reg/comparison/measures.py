@@ -3,9 +3,10 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager, nullcontext
 from dataclasses import dataclass
+from types import MappingProxyType
 from typing import Any
 
 import torch
@@ -29,33 +30,39 @@ class Diverged(RunError):
 
 
 @contextmanager
-def _apart(trainer: Any) -> Iterator[None]:
+def _apart(trainer: Any, objective: Mapping[str, Any]) -> Iterator[None]:
     """Evaluations that are neither logged nor told to callbacks, draw no random number of the training, and are of the
     task's loss alone, without label smoothing."""
+    trained_with = {name: getattr(trainer.args, name) for name in objective}
     kept = {name: getattr(trainer, name) for name in ("label_smoother", "compute_loss_func", "compute_metrics")}
     callbacks, training = trainer.callback_handler.callbacks, trainer.model.training
     trainer.callback_handler.callbacks = []
     trainer.label_smoother = trainer.compute_loss_func = None
     trainer.log = lambda *_, **__: None
+    vars(trainer.args).update(objective)
     try:
         with torch.random.fork_rng():
             yield
     finally:
         del trainer.log
+        vars(trainer.args).update(trained_with)
         trainer.callback_handler.callbacks = callbacks
         for name, value in kept.items():
             setattr(trainer, name, value)
         trainer.model.train(training)
 
 
-def evaluated(trainer: Any, further: Any, bins: Bins | None = None) -> dict[str, float]:
+def evaluated(
+    trainer: Any, further: Any, bins: Bins | None = None, objective: Mapping[str, Any] = MappingProxyType({})
+) -> dict[str, float]:
     """`train_loss` and `eval_loss`, in evaluation mode and of the task alone, and the metrics of the held-out data.
 
     Args:
         further (`Callable`): what follows from metrics, see [`Recipe.further_metrics`].
         bins ([`Bins`], *optional*): is filled from the held-out data.
+        objective (mapping): arguments that say what the loss is, in place of those of the training.
     """
-    with _apart(trainer):
+    with _apart(trainer, objective):
         watching = nullcontext() if bins is None else trainer.model.register_forward_hook(bins, with_kwargs=True)
         with watching:
             found = trainer.evaluate()

@@ -19,6 +19,7 @@ from ..patching import unwrap
 from ..report import calibration_error
 from ..runs.errors import one_line, refused_as_run
 from ..runs.settings import make_settings
+from .cells import NOTHING
 from .measures import Base, Bins, Diverged, evaluated, penalty_shares
 from .plan import Plan
 from .samples import Samples
@@ -106,6 +107,14 @@ class Runner:
     def base(self) -> Base:
         return Base.load(self.plan, self.samples.probes)
 
+    @cached_property
+    def objective(self) -> dict[str, Any]:
+        """What the recipe itself says of the loss, see [`TaskFacts`]."""
+        if not self.plan.facts.objective:
+            return {}
+        args = make_settings(self.plan.run_recipe(NOTHING, "unused", 0)).args
+        return {name: getattr(args, name) for name in self.plan.facts.objective}
+
     def trainer(
         self, settings: Mapping[str, Any], size: int, seed: int, folder: str, held_out: Any, **fixed: Any
     ) -> Any:
@@ -147,15 +156,22 @@ class Runner:
         return curve[-1]["eval_loss"] if curve else None
 
     def _trained(
-        self, settings: Mapping[str, Any], size: int, seed: int, folder: str, held_out: Any, report: Report,
+        self,
+        settings: Mapping[str, Any],
+        size: int,
+        seed: int,
+        folder: str,
+        held_out: Any,
+        report: Report,
         bins: Bins | None = None,
     ) -> tuple[Any, list[dict[str, float]]]:
         """A trainer after training, and its curve; the curve of a run that was stopped is empty. The
         held-out data at its end fill the bins."""
+        objective = self.objective  # first: new arguments reset the state of accelerate, which the trainer needs
         trainer = self.trainer(settings, size, seed, folder, held_out)
 
         def measure(bins: Bins | None = None) -> dict[str, float]:
-            return evaluated(trainer, self.plan.recipe.further_metrics, bins)
+            return evaluated(trainer, self.plan.recipe.further_metrics, bins, objective)
 
         curve = _Curve(trainer, self.plan.compare.evaluate_every, measure, report)
         trainer.add_callback(curve)

@@ -30,6 +30,9 @@ class TaskFacts:
         label (`str`, *optional*): the column by whose values samples are stratified.
         classes (`str`, *optional*): the column with classes, or lists of them, that a small sample may not all have.
         adapters (tuple): methods of adapters that fit the task by default.
+        objective (tuple):
+            Arguments that say what the loss is. Losses are measured under the recipe's own, whatever a method trains
+            with, or they could not be compared.
     """
 
     metrics: Mapping[str, bool]
@@ -39,6 +42,7 @@ class TaskFacts:
     label: str | None = None
     classes: str | None = None
     adapters: tuple[str, ...] = ("sorsa",)
+    objective: tuple[str, ...] = ()
 
 
 CLASSES = {"accuracy": True, "macro_f1": True}
@@ -51,6 +55,10 @@ TASK_FACTS = {
     "seq2seq": TaskFacts({"bleu": True, "chrf": True}, ("source",), "classes"),
     "causal-lm": TaskFacts({"perplexity": False}, ("text",), "next", language_model=True, adapters=BOTH),
     "preference": TaskFacts(
-        {"rewards/accuracies": True, "rewards/margins": True}, ("prompt", "chosen"), language_model=True, adapters=BOTH
-    ),
+        {"rewards/accuracies": True, "rewards/margins": True},
+        ("prompt", "chosen"),
+        language_model=True,
+        adapters=BOTH,
+        objective=("variant", "beta", "eta", "base", "label_smoothing"),
+    ),  # fmt: skip
 }

@@ -121,6 +121,37 @@ def test_confidence_of_a_language_model_is_that_of_the_next_token(tmp_path: Path
     assert sum(one["count"] * one["confidence"] for one in bins) == pytest.approx(confidence, rel=1e-4)
 
 
+PAIRS = {
+    "hf_default": None, "tlm": None, "dpo": {"train": {"eta": 0.0, "beta": 0.7}},
+    "sorsa": {"adapter": {"type": "sorsa", "r": 2}},
+}  # fmt: skip
+
+
+@pytest.mark.parametrize("change", ["train.precompute_reference=true", "adapter={type: lora, r: 2}"])
+def test_preferences_are_compared(tmp_path: Path, change: str) -> None:
+    run = Runner(read_plan(recipe(tmp_path, "preference", methods=PAIRS), [change]))
+    found = {name: run.cell(run.plan.settings(name), 4, 0) for name in PAIRS}
+    assert json.dumps(run.cell(run.plan.settings("tlm"), 4, 0)) == json.dumps(found["tlm"])
+    measures = [one["measures"] for one in found.values()]
+    assert len({one["eval_loss"] for one in measures}) == len(PAIRS)
+    assert all(one["ece"] is None and one["drift"] > 0 and 0 <= one["rewards/accuracies"] <= 1 for one in measures)
+
+
+def test_the_loss_of_preferences_is_the_recipes_whatever_a_method_trains_with(tmp_path: Path) -> None:
+    run = Runner(read_plan(recipe(tmp_path, "preference", methods=PAIRS), ["train.precompute_reference=true"]))
+    trainer, curve = run._trained(run.plan.settings("dpo"), 4, 0, str(tmp_path / "run"), run.samples.held_out, goes_on)
+    assert (trainer.args.eta, trainer.args.beta) == (0.0, 0.7)
+    own = trainer.evaluate()
+    assert own["eval_loss_sft"] == 0 and curve[-1]["loss_sft"] > 0
+    trainer.args.eta, trainer.args.beta = 0.5, 0.3  # as in the recipe
+    assert trainer.evaluate()["eval_loss"] == pytest.approx(curve[-1]["eval_loss"], rel=1e-6)
+    assert own["eval_loss"] != pytest.approx(curve[-1]["eval_loss"], rel=0.1)
+
+
+def goes_on(step: int, loss: float) -> bool:
+    return False
+
+
 @pytest.mark.parametrize("task", ["sequence-classification", "causal-lm", "seq2seq"])
 def test_an_untouched_model_has_not_drifted_and_a_moved_one_has(tmp_path: Path, task: str) -> None:
     run = runner(tmp_path, task)
