@@ -123,9 +123,11 @@ def record(source: Path, target: Path) -> None:
 def _cell(row: Mapping[str, Any] | None) -> str:
     if row is None:
         return "–"
-    difference = row["difference"]
-    shown = difference is not None and difference["verdict"] in ("better", "worse")
-    return f"{100 * row['mean']:.1f}" + (f" ({difference['verdict']})" if shown else "")
+    mean, difference = f"{100 * row['mean']:.1f}", row["difference"]
+    if difference is None:  # of the reference
+        return f"{mean} ({100 * row['low']:.1f} to {100 * row['high']:.1f})"
+    shown = f", {difference['verdict']}" if difference["verdict"] in ("better", "worse") else ""
+    return f"{mean} ({100 * difference['low']:+.1f} to {100 * difference['high']:+.1f}{shown})"
 
 
 def planned(name: str) -> int:
@@ -144,9 +146,10 @@ def table(summary: Mapping[str, Any], name: str) -> str:
     part = f"a part, {summary['cells']} of {whole} cells" if summary["cells"] < whole else f"all {whole} cells"
     said = (
         f"{DATASETS[name][0]}: {part}{missing}; {metric} in percent on {HELD_OUT} held-out rows, mean of {len(seeds)} "
-        f"seeds; methods {'tuned' if tuned else 'at their defaults, none tuned'}. A difference to "
-        f"{labels[summary['reference']]} that is shown at a level of {summary['alpha']:g} after Holm's correction is "
-        "named in brackets; of the others no difference is shown."
+        f"seeds, methods {'tuned' if tuned else 'at their defaults, none tuned'}. In brackets is the bootstrap 95 % "
+        f"interval of the difference to {labels[summary['reference']]} (there: of the mean). Better or worse is said "
+        f"where a difference is shown at a level of {summary['alpha']:g} after Holm's correction; of the others no "
+        "difference is shown."
     )
     lines = [["method", *(f"{size} labels" for size in sizes)], ["---"] * (1 + len(sizes))]
     lines += [[label, *(_cell(rows.get((method, size))) for size in sizes)] for method, label in labels.items()]
