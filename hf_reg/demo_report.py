@@ -230,26 +230,18 @@ def conclude(
 
 
 def _draw(runs: Sequence[Run], settings: Sequence[Setting], path: Path) -> None:
-    """Training and held-out loss over the steps: the mean of the seeds, and each seed as a thin line."""
-    from matplotlib.backends.backend_agg import FigureCanvasAgg
-    from matplotlib.figure import Figure
+    """Training and held-out loss over the steps, mean of the seeds."""
+    from .report import loss_curves
 
-    colours = ("#7f7f7f", "#1f77b4", "#e07b00", "#2a9134")
-    figure = Figure(figsize=(10, 4.2), layout="constrained")
-    FigureCanvasAgg(figure)
-    axes = figure.subplots(1, 2)
-    for axis, key, title in zip(
-        axes, ("train_loss", "held_out_loss"), ("labelled articles (training)", "held-out articles"), strict=True
-    ):
-        for setting, colour in zip(settings, colours, strict=True):
-            curves = [getattr(run, key) for run in runs if run.setting == setting.name]
-            steps = next(run.steps for run in runs if run.setting == setting.name)
-            for curve in curves if len(curves) > 1 else ():
-                axis.plot(steps, curve, color=colour, linewidth=0.7, alpha=0.45)
-            average = [mean(values) for values in zip(*curves, strict=True)]
-            axis.plot(steps, average, color=colour, linewidth=2.2, label=setting.name)
-        axis.set(title=title, xlabel="step", ylabel="loss", ylim=(0, None))
-        axis.grid(alpha=0.25)
-        axis.spines[["top", "right"]].set_visible(False)
-    axes[1].legend(frameon=False)
-    figure.savefig(path, dpi=150)
+    histories = {
+        setting.name: [
+            [
+                {"step": step, "train_loss": train, "eval_loss": held_out}
+                for step, train, held_out in zip(run.steps, run.train_loss, run.held_out_loss, strict=True)
+            ]
+            for run in runs
+            if run.setting == setting.name
+        ]
+        for setting in settings
+    }
+    loss_curves(histories, reference=settings[1].name).savefig(path, dpi=150)
