@@ -5,7 +5,7 @@ from __future__ import annotations
 import pytest
 import torch
 
-from hf_reg.draws.units import drop_by, drop_units, stay
+from hf_reg.draws.units import _fine, drop_by, drop_units, stay
 
 
 @pytest.mark.parametrize("rate", [0.0, 0.1, 0.5, 0.9])
@@ -42,6 +42,16 @@ def test_the_number_that_is_dropped_varies_as_of_independent_units() -> None:
     expected = ones.numel() * rate * (1 - rate)
     assert abs(counts.mean().item() - ones.numel() * rate) < 4.5 * (expected / 3000) ** 0.5
     assert 0.88 < counts.var().item() / expected < 1.12  # 4.5 standard errors
+
+
+def test_fine_parts_are_uniform_for_every_unit() -> None:
+    """A fixed start would give each unit a rate of its own, off by up to 1/256, whatever the mean over units."""
+    found = torch.stack([_fine(8) for _ in range(2000)])
+    assert ((found >= 0) & (found < 1)).all()
+    assert ((found.mean(0) - 0.5).abs() < 4.5 * (1 / 12 / 2000) ** 0.5).all()
+    assert ((found.var(0) - 1 / 12).abs() < 0.01).all()
+    whole = _fine(65_536).mul(65_536).sort().values
+    assert torch.equal(whole, torch.arange(65_536.0))  # spread evenly: each value once
 
 
 def test_units_are_independent_and_follow_the_seed() -> None:
