@@ -164,6 +164,15 @@ def test_convolutions_beside_an_ffn_are_none() -> None:
     assert sites and not [site.path for site in sites if "conv" in site.path]
 
 
+@pytest.mark.parametrize(
+    ("model_type", "ends"), [("nemotron_h", ("experts.act_fn", "shared_experts.down_proj")), ("levit", ("linear",))]
+)
+def test_ffns_in_layers_of_their_own_are_found(model_type: str, ends: tuple[str, ...]) -> None:
+    """Layers of one kind, of which some mix tokens and others are the FFN; in LeViT also after the last that mixes."""
+    paths = [site.path for site in find_ffn(build(model_type).model)]
+    assert len(paths) == {"nemotron_h": 2, "levit": 8}[model_type] and all(path.endswith(ends) for path in paths)
+
+
 def test_what_a_sequential_holds_is_not_called_by_it() -> None:
     tiny = build("ctrl")
     reseed(0)

@@ -17,6 +17,7 @@ from transformers import AutoModelForCausalLM, PreTrainedModel
 from hf_reg import patch_model, unpatch_model
 from hf_reg.checkpoints import saves
 from hf_reg.checkpoints.writing import replacing_checkpoint
+from hf_reg.files import staging
 
 from ..adapters.models import build, logits
 
@@ -43,6 +44,12 @@ def test_only_patched_models_are_staged(staged: list[Path], tmp_path: Path) -> N
     build().save_pretrained(tmp_path / "d")
     assert len(staged) == 2
     assert {path.name for path in (tmp_path / "a").iterdir()} == {path.name for path in (tmp_path / "d").iterdir()}
+
+
+def test_what_is_staged_already_is_not_staged_again(staged: list[Path], tmp_path: Path) -> None:
+    with staging(tmp_path) as unfinished:
+        patch_model(build(), "tlm").save_pretrained(unfinished / "inner")
+    assert not staged and (tmp_path / "inner" / "config.json").is_file()
 
 
 def test_another_process_writes_nothing(staged: list[Path], tmp_path: Path) -> None:
