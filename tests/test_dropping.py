@@ -119,3 +119,16 @@ def test_second_derivatives_of_probabilities_for_each_unit() -> None:
     assert torch.autograd.gradcheck(dropped, states, eps=1e-3) and torch.autograd.gradgradcheck(
         dropped, states, eps=1e-3
     )
+
+
+def test_other_default_devices_and_modes_are_no_matter() -> None:
+    states = torch.ones(5, 7)
+    with torch.device("meta"):
+        dropped = drop_units(states, 0.5)
+        by = drop_by(states, states, torch.sigmoid)
+    with torch.inference_mode():
+        drop_units(states, 0.5)
+    assert dropped.device.type == by.device.type == "cpu"
+    wanted = states.requires_grad_()
+    drop_units(wanted, 0.5).sum().backward()
+    assert wanted.grad is not None

@@ -9,7 +9,6 @@ are exact. Units share f's start, which matters only where b alone does not deci
 from __future__ import annotations
 
 from collections.abc import Callable
-from functools import lru_cache
 from typing import Any
 
 import torch
@@ -21,21 +20,19 @@ PIECE = 65536  # units at a time: what a step of arithmetic leaves behind stays 
 Keep = Callable[[torch.Tensor], torch.Tensor]
 
 
-@lru_cache(maxsize=1)
-def _sequence() -> torch.Tensor:
-    """Each of 0 to 65535 once, any few neighbours spread evenly: multiples of the golden ratio of 65536."""
-    return torch.arange(PIECE, dtype=torch.int32) * 40503 % 65536
-
-
 def _fine(count: int) -> torch.Tensor:
-    """The fine parts of up to `PIECE` numbers, in [0, 1), in fp32."""
-    start = torch.randint(65536, (), dtype=torch.int32)
-    return _sequence()[:count].add(start).bitwise_and_(65535).float().div_(65536)
+    """The fine parts of up to `PIECE` numbers, in [0, 1), in fp32: multiples of the golden ratio from a drawn start.
+
+    In steps of 1 / 65536, each of which comes once in as many numbers, and few neighbours spread evenly.
+    """
+    start = torch.randint(65536, (), device="cpu")
+    steps = torch.arange(min(count, PIECE), device="cpu").mul_(40503).add_(start).bitwise_and_(65535)
+    return steps.float().div_(65536)
 
 
 def _bytes(shape: torch.Size) -> torch.Tensor:
     """Uniform int8 of this shape, eight from each draw: b - 128."""
-    bits = torch.empty((shape.numel() + 7) // 8, dtype=torch.int64).random_(-(2**63), None)
+    bits = torch.empty((shape.numel() + 7) // 8, dtype=torch.int64, device="cpu").random_(-(2**63), None)
     return bits.view(torch.int8)[: shape.numel()].view(shape)
 
 
@@ -48,7 +45,7 @@ class Bars:
     """
 
     def __init__(self, rate: float, count: int) -> None:
-        self._bars = _fine(min(count, PIECE)).add_(256 * rate).floor_().sub_(128).to(torch.int8)
+        self._bars = _fine(count).add_(256 * rate).floor_().sub_(128).to(torch.int8)
 
     def draw(self, stays: torch.Tensor) -> None:
         """Fill a contiguous int8 tensor of any shape with 0 or, for units that stay, 1."""
@@ -61,9 +58,9 @@ class _Masked(torch.autograd.Function):
 
     @staticmethod
     def forward(ctx: Any, states: torch.Tensor, rate: float, stays: torch.Tensor | None) -> torch.Tensor:
-        result = torch.empty(states.shape, dtype=states.dtype)
+        result = torch.empty(states.shape, dtype=states.dtype, device="cpu")
         bars = Bars(rate, states.numel()) if stays is None else None
-        stays = torch.empty(states.shape, dtype=torch.int8) if stays is None else stays
+        stays = torch.empty(states.shape, dtype=torch.int8, device="cpu") if stays is None else stays
         for given, kept, out in zip(*(one.reshape(-1).split(PIECE) for one in (states, stays, result)), strict=True):
             if bars:
                 bars.draw(kept)
@@ -101,7 +98,7 @@ def stay(keep: torch.Tensor) -> torch.Tensor:
 
 def _scale(like: torch.Tensor, keep_of: Keep, dtype: torch.dtype, divided: bool = True) -> torch.Tensor:
     """1 / keep, or 1, where a unit stays, which it does where b + f < 256 keep; else 0. Drawn on the CPU."""
-    scale = torch.empty(like.shape, dtype=dtype)
+    scale = torch.empty(like.shape, dtype=dtype, device="cpu")
     below = _fine(like.numel()).add_(128).neg_()
     for about, out in zip(*(one.reshape(-1).split(PIECE) for one in (like, scale)), strict=True):
         keep = keep_of(about).float()

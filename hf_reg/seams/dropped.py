@@ -37,7 +37,7 @@ class _Attention(torch.autograd.Function):
     ) -> torch.Tensor:  # fmt: skip
         batch, heads, rows, _ = query.shape
         shape = (batch, heads, rows, key.shape[2])
-        probabilities, keep = query.new_empty(shape), torch.empty(shape, dtype=torch.int8)
+        probabilities, keep = query.new_empty(shape), torch.empty(shape, dtype=torch.int8, device="cpu")
         output = query.new_empty(*shape[:3], value.shape[3])
         ctx.of_mask = None if mask is None else mask.shape
         mask = mask if mask is None else mask.expand(shape)
