@@ -129,7 +129,9 @@ def read_methods(
     Args:
         given (`list` or `dict`, *optional*): names of known ones, or `{name: settings}`; `None` means `default`.
         default (sequence of `str`): names.
-        learning_rate (`float`): of the recipe; a fourth to four times of it is searched, our choice.
+        learning_rate (`float`):
+            Of the recipe. A fourth to four times of it is searched, our choice; of a method with a rate of its own,
+            from a fourth of the lower to four times its own.
         bare (`bool`): whether the recipe itself has no adapter.
 
     Raises:
@@ -151,7 +153,7 @@ def read_methods(
         of_known = own is None or name in KNOWN
         settings = (_known(name, where, learning_rate, bare) if of_known else {}) | dict(own or {})
         base = float(settings.get("train", {}).get("learning_rate", learning_rate))
-        searched = {"train.learning_rate": {"low": base / 4, "high": 4 * base, "log": True}}
+        searched = {"train.learning_rate": {"low": min(base, learning_rate) / 4, "high": 4 * base, "log": True}}
         settings["search"] = searched | dict(settings.get("search") or {})
         made[name] = read_section(Method, settings, place)
     return made

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
 from dataclasses import asdict
+from math import log
 from statistics import mean, stdev
 from typing import Any
 
@@ -14,6 +15,8 @@ from .tasks import MEASURES
 
 
 __all__ = ["measures_of", "summarize"]
+
+NEAR = 0.1  # of a range; we chose it
 
 
 def measures_of(plan: Plan, found: Sequence[str]) -> list[dict[str, Any]]:
@@ -86,7 +89,7 @@ def summarize(
         "versions": dict(versions),
         "keys": [*(cell.key for cell, _ in done), *dict.fromkeys(one["key"] for one in costs), *studies],
         "cells": len(done), "missing": planned - len(done),
-        "notes": _notes(plan, min(seeds, default=0)),
+        "notes": [*_notes(plan, min(seeds, default=0)), *_at_the_end(plan, tuned)],
     }  # fmt: skip
 
 
@@ -96,6 +99,24 @@ def _spread(values: list[float]) -> dict[str, Any]:
         "n": len(values), "mean": mean(values), "sd": stdev(values) if len(values) > 1 else None, "low": low,
         "high": high,
     }  # fmt: skip
+
+
+def _at_the_end(plan: Plan, tuned: Mapping[str, Mapping[str, Any]]) -> list[str]:
+    """Settings found within a tenth of a range from its end, beyond which a method may do better; 0 is no such end."""
+    notes = []
+    for name, params in tuned.items():
+        for key, value in params.items():
+            one = plan.methods[name].ranges[key]
+            if one.low is None or one.high is None:  # choices
+                continue
+            low, high, at = (log(x) if one.log else x for x in (one.low, one.high, value))
+            near_low, near_high = (at - low < NEAR * (high - low) and one.low != 0), high - at < NEAR * (high - low)
+            if near_low or near_high:
+                notes.append(
+                    f"{plan.methods[name].label or name}: the best {key} found, {value:.3g}, is near the end of what "
+                    f"was searched, {one.low:.3g} to {one.high:.3g}. Widen compare.methods.{name}.search."
+                )
+    return notes
 
 
 def _notes(plan: Plan, seeds: int) -> list[str]:

@@ -47,6 +47,9 @@ def test_what_is_searched(tmp_path: Path) -> None:
     assert list(plan.methods["tlm"].ranges) == ["train.learning_rate", "train.weight_decay"]
     rate = plan.methods["hf_default"].ranges["train.learning_rate"]
     assert (rate.low, rate.high, rate.log) == (pytest.approx(0.0025), pytest.approx(0.04), True)
+    adapters = read_plan(recipe(tmp_path, methods=["hf_default", "sorsa"], tuning={"trials": 2}))
+    of_adapter = adapters.methods["sorsa"].ranges["train.learning_rate"]  # from the model's rates to ten times these
+    assert (of_adapter.low, of_adapter.high) == (pytest.approx(0.0025), pytest.approx(0.4))
     changed = with_params(plan.settings("tlm"), {"patches.tlm.rate": 0.4, "train.learning_rate": 0.2})
     assert changed["patches"] == {"tlm": {"rate": 0.4}} and changed["train"] == {"learning_rate": 0.2}
     assert plan.settings("tlm")["patches"] == {"tlm": {"rate": 0.1}}

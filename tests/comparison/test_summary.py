@@ -10,7 +10,7 @@ from typing import Any
 from hf_reg.comparison.cells import Cell
 from hf_reg.comparison.plan import read_plan
 from hf_reg.comparison.result import Comparison
-from hf_reg.comparison.summary import summarize
+from hf_reg.comparison.summary import _at_the_end, summarize
 
 from .tiny import recipe
 
@@ -68,3 +68,17 @@ def test_what_is_missing_is_said(tmp_path: Path) -> None:
     none = made(tmp_path, missing=48)
     assert none["rows"] == [] and any("Nothing is compared" in note for note in none["notes"])
     assert "48 cells are missing" in str(Comparison(tmp_path, none))
+
+
+def test_settings_at_the_end_of_their_range_are_told(tmp_path: Path) -> None:
+    plan = read_plan(recipe(tmp_path, methods=["hf_default", "tlm", "balora"], tuning={"trials": 2}))
+    found = {
+        "hf_default": {"train.learning_rate": 0.0027},  # of 0.0025 to 0.04
+        "tlm": {"train.learning_rate": 0.01, "patches.tlm.rate": 0.001},  # a rate cannot be below 0
+        "balora": {"train.learning_rate": 0.39, "adapter.r": 8},
+    }
+    notes = _at_the_end(plan, found)
+    assert len(notes) == 2 and notes[0].startswith("HF default: the best train.learning_rate found, 0.0027, is near")
+    assert "0.0025 to 0.4. Widen compare.methods.balora.search." in notes[1]
+    assert not _at_the_end(plan, {"hf_default": {"train.learning_rate": 0.0034}})
+    assert _at_the_end(plan, {"tlm": {"patches.tlm.rate": 0.46}})
