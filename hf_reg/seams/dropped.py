@@ -42,7 +42,7 @@ class _Attention(torch.autograd.Function):
         ctx.of_mask = None if mask is None else mask.shape
         mask = mask if mask is None else mask.expand(shape)
         up = 1 / (1 - rate)
-        bars = Bars(rate, keep.numel())
+        Bars(rate, keep.numel()).draw(keep)  # at once: the masks that `drop_units` gives the eager attention
         for place in _pieces(shape):
             scores, kept = probabilities[place], keep[place]
             torch.baddbmm(scores, query[place], key[place].transpose(1, 2), beta=0, alpha=scale, out=scores)
@@ -52,7 +52,6 @@ class _Attention(torch.autograd.Function):
             torch.softmax(scores, -1, out=scores)
             if mask is not None:
                 scores.masked_fill_(blind, 0)
-            bars.draw(kept)
             torch.bmm(kept.to(scores.dtype).mul_(scores), value[place] * up, out=output[place])
         ctx.save_for_backward(query, key, value, probabilities, keep)
         ctx.up, ctx.scale = up, scale
