@@ -2,7 +2,7 @@
 
 From the recipe (`plan`) come methods (`methods`), and with sizes and seeds cells (`cells`). Processes of their own
 (`worker`, `grid`) train them (`running`, on what `samples` draws, with what `measures` measures) and search
-hyperparameters before (`tuning`), step costs after (`step_costs`). What is finished is on disk (`store`); `summary`
+hyperparameters before (`tuning`), step costs after (`step_costs`). What is finished is on disk; `summary`
 says what it shows, by `statistics`.
 """
 

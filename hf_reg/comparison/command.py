@@ -14,6 +14,7 @@ from rich.console import Console, Group, RenderableType
 from rich.table import Table
 from rich.text import Text
 
+from ..json_lines import Lines
 from ..runs.recipe import read_tree
 from ..runs.smoke import SMOKE, smoke_run
 from ..tables import Shown, terminal
@@ -22,7 +23,6 @@ from .plan import Plan, read_plan
 from .progress import duration
 from .result import Comparison
 from .statistics import fewest_seeds
-from .store import Lines
 
 
 __all__ = ["PlanTable", "compare_from"]

@@ -12,6 +12,7 @@ from rich.console import Console
 from hf_reg import __version__
 
 from ..files import replacing
+from ..json_lines import Lines
 from ..names import shown
 from ..runs.errors import RecipeError, RunError
 from ..tables import terminal
@@ -23,7 +24,6 @@ from .plan import Plan, read_plan
 from .progress import Counter, counting
 from .result import Comparison
 from .samples import Samples
-from .store import Lines
 from .summary import summarize
 from .tuning import best_params
 

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 import os
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
@@ -12,8 +11,10 @@ from pathlib import Path
 from statistics import mean
 from typing import Any
 
+from ..json_lines import Lines
 from ..json_text import read_json
 from ..names import nearest, shown
+from ..runs.errors import RunError
 
 
 __all__ = ["VERDICTS", "Results", "read_results"]
@@ -24,7 +25,7 @@ VERDICTS = ("better", "worse", "no difference shown")
 AGAIN = "Run `hf-reg compare` on the folder again: it computes only what is missing, and the summary anew."
 NEEDED = {  # of each kind of object
     SUMMARY: ("task", "model", "metric", "reference", "sizes", "seeds", "alpha", "methods", "measures", "rows",
-              "missing"),
+              "missing", "notes"),
     CELLS: ("method", "size", "seed", "measures", "history"),
     COSTS: ("method", "ratio", "low", "high"),
     TRIALS: ("method", "number", "params", "state"),
@@ -45,25 +46,11 @@ def _check(value: Any, kind: str, where: str) -> dict[str, Any]:
 
 def _lines(path: Path) -> list[dict[str, Any]]:
     """The objects of a file of JSON lines; a last line that was cut off while it was written does not count."""
-    if not path.is_file():
-        return []
-    text = path.read_text(encoding="utf-8", errors="replace")
-    lines = text.split("\n")
-    found = []
-    for number, line in enumerate(lines, 1):
-        if not line.strip():
-            continue
-        where = f"{path}, line {number}"
-        try:
-            value = json.loads(line)
-        except ValueError as error:
-            if number == len(lines):  # no line break behind it
-                break
-            raise ValueError(
-                f"{where} is no JSON ({error}): the file was changed. Take the line out. {AGAIN}"
-            ) from error
-        found.append(_check(value, path.name, where))
-    return found
+    try:
+        found = Lines(path).read()
+    except RunError as error:
+        raise ValueError(f"{error} {AGAIN}") from error
+    return [_check(value, path.name, f"{path}, line {number}") for number, value in enumerate(found, start=1)]
 
 
 @dataclass(frozen=True)

@@ -35,9 +35,14 @@ GREY = "#767676"  # 4.5 : 1 on white
 MARKERS = ("o", "s", "^", "D", "v", "P", "X", "*", "<", ">", "p")
 LINES = ("-", (0, (6, 2)), (0, (2, 1.2)), (0, (7, 2, 1.5, 2)), (0, (4, 1.5, 1, 1.5, 1, 1.5)))
 LONGEST = 32  # characters of a label
+# Fonts with Chinese, Japanese and Korean letters, which DejaVu Sans lacks: of Linux, Windows, macOS
+CJK = (
+    "Noto Sans CJK JP", "Noto Sans CJK SC", "Source Han Sans", "WenQuanYi Zen Hei", "WenQuanYi Micro Hei",
+    "Microsoft YaHei", "Yu Gothic", "Malgun Gothic", "PingFang HK", "Hiragino Sans", "Arial Unicode MS",
+)  # fmt: skip
 
 STYLE: dict[str, Any] = {
-    "font.family": "sans-serif", "font.sans-serif": ["DejaVu Sans"], "font.size": 10, "axes.titlesize": 10.5,
+    "font.size": 10, "axes.titlesize": 10.5,
     "axes.labelsize": 10, "xtick.labelsize": 9, "ytick.labelsize": 9, "legend.fontsize": 9, "figure.titlesize": 11.5,
     "text.color": "#1a1a1a", "axes.labelcolor": "#1a1a1a", "xtick.color": "#1a1a1a", "ytick.color": "#1a1a1a",
     "figure.facecolor": "white", "axes.facecolor": "white", "savefig.facecolor": "white", "axes.edgecolor": "#4d4d4d",
@@ -46,6 +51,15 @@ STYLE: dict[str, Any] = {
     "lines.markersize": 5.5, "errorbar.capsize": 2.5, "axes.formatter.useoffset": False, "text.usetex": False,
     "svg.hashsalt": "hf_reg", "svg.fonttype": "path",  # the same figure is the same file, on every machine's fonts
 }  # fmt: skip
+
+
+@functools.cache
+def _fonts() -> list[str]:
+    """DejaVu Sans, which comes with matplotlib, and of `CJK` those that are installed, for letters that it lacks."""
+    from matplotlib import font_manager
+
+    installed = set(font_manager.get_font_names())
+    return ["DejaVu Sans", *(name for name in CJK if name in installed)]
 
 
 @contextmanager
@@ -62,7 +76,7 @@ def in_style() -> Iterator[None]:
         raise ImportError('Figures need matplotlib: run `pip install "hf_reg[report]"`.') from error
     with matplotlib.rc_context():
         matplotlib.rcdefaults()
-        matplotlib.rcParams.update(STYLE)
+        matplotlib.rcParams.update({**STYLE, "font.family": _fonts()})
         yield
 
 

@@ -204,13 +204,12 @@ def facts(results: Results) -> dict[str, list[tuple[str, str]]]:
 
 
 def limits(results: Results) -> list[str]:
-    """What these numbers do not say."""
+    """What these numbers do not say; then what is to be known of this comparison, as its terminal table says it."""
     seeds = len(results.summary["seeds"])
     tables = len(results.sizes) * len(results.measures)
     found = [
         "One model, one task and one data set: on others the order may be another.",
-        f"The spread is that of {_count(seeds, 'seed')} (what a seed decides is in the recipe), not of other data."
-        + (" So few seeds show large differences only." if seeds < 5 else ""),
+        f"The spread is that of {_count(seeds, 'seed')} (what a seed decides is in the recipe), not of other data.",
         '"No difference shown" does not say that there is none: the interval says how large it may be.',
         f"p is corrected over the methods of one size and one measure, not over the {tables} such tables of this "
         f"report: of tables without any real difference, {_percent(results.summary['alpha'])} show one by chance.",
@@ -221,8 +220,6 @@ def limits(results: Results) -> list[str]:
     fixed = [results.labels[method] for method in results.methods if method not in searched]
     if tuned and fixed:
         found.append(f"{_and(tuned)} had their settings searched for; {_and(fixed)} had not.")
-    if not tuned:
-        found.append("Nothing was tuned: every method has the settings that the recipe gives it.")
     if results.costs:
         found.append("Step costs are of the machine that measured them, and of this model and batch.")
-    return found
+    return [*found, *results.summary["notes"]]

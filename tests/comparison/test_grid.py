@@ -21,7 +21,7 @@ from hf_reg.cli import app
 from hf_reg.comparison.grid import Job, Workers
 from hf_reg.comparison.plan import read_plan
 from hf_reg.comparison.running import Runner
-from hf_reg.comparison.store import Lines
+from hf_reg.json_lines import Lines
 
 from ..distributed.launch import environment
 from .tiny import recipe

@@ -434,3 +434,15 @@ def test_no_module_hides_a_function() -> None:
     assert not modules & set(report.__all__) and "pyplot" not in "".join(
         path.read_text() for path in Path(report.__file__).parent.glob("*.py")
     )
+
+
+def test_fonts_with_other_letters_stand_behind_ours(monkeypatch: pytest.MonkeyPatch) -> None:
+    installed = ["Comic Neue", "WenQuanYi Micro Hei", "Noto Sans CJK SC", "DejaVu Sans"]
+    monkeypatch.setattr("matplotlib.font_manager.get_font_names", lambda: installed)
+    style._fonts.cache_clear()
+    try:
+        (axes,) = report.tlm_mask(["a", "red", "ball"], {"rate": 0.3}).axes
+    finally:
+        style._fonts.cache_clear()
+    expected = ["DejaVu Sans", "Noto Sans CJK SC", "WenQuanYi Micro Hei"]
+    assert axes.get_xticklabels()[0].get_fontfamily() == expected

@@ -49,7 +49,9 @@ def test_a_line_that_was_cut_is_named(folder: Path) -> None:
     lines = (folder / "cells.jsonl").read_text().splitlines(keepends=True)
     lines[4] = lines[4][:50] + "\n"
     (folder / "cells.jsonl").write_text("".join(lines))
-    with pytest.raises(ValueError, match=r"cells.jsonl, line 5 is no JSON .*Take the line out. Run `hf-reg compare`"):
+    with pytest.raises(
+        ValueError, match=r"cells.jsonl: line 5 is no line of a .*Remove that line.* Run `hf-reg compare`"
+    ):
         read_results(folder)
 
 
@@ -87,10 +89,10 @@ REFUSED: dict[str, tuple[str, Callable[[Any], Any], str]] = {
         "'great'; expected one of 'better'",
     ),
     "cell": ("cells.jsonl", lambda rows: rows[2].pop("measures"), "line 3 has no 'measures'"),
-    "trial": ("trials.jsonl", lambda rows: rows[0].update(schema=None), "trials.jsonl, line 1 has schema None"),
+    "trial": ("trials.jsonl", lambda rows: rows[0].update(schema=None), "trials.jsonl: line 1 has schema None"),
     "interval": ("summary.json", lambda s: s["rows"][0].update(low=0.99), "an interval from 0.99 to 0."),
     "cost": ("costs.jsonl", lambda rows: rows[0].update(ratio=3.0), "ratio 3.0 with quartiles from 0.98 to 1.03"),
-    "list": ("costs.jsonl", lambda rows: rows.__setitem__(0, [1]), "line 1 holds a list"),
+    "list": ("costs.jsonl", lambda rows: rows.__setitem__(0, [1]), "line 1 is no line of a comparison"),
 }  # fmt: skip
 
 

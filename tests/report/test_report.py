@@ -260,7 +260,8 @@ def test_penalties_search_and_limits_are_told(reported: Path, folder: Path) -> N
     text = Page(reported / "report.html").text
     assert "6, 3 stopped early" in text and "rate 0.05 to 0.3" in text and "0.42" in text
     assert "tuned dropout, TLM and DropHead had their settings searched for; HF default dropout and no" in text
-    assert "not over the 4 such tables" in text and "hf_reg 0.1.0" in text and "So few seeds" in text
+    assert "not over the 4 such tables" in text and "hf_reg 0.1.0" in text
+    assert "Limits" in text and "TLM: the best rate found, 0.3, is near the end." in text.rpartition("Limits")[2]
 
 
 def test_a_report_that_fails_leaves_the_old_one(folder: Path, monkeypatch: pytest.MonkeyPatch) -> None:

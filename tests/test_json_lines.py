@@ -8,10 +8,10 @@ from pathlib import Path
 
 import pytest
 
-from hf_reg.comparison.store import Lines
+from hf_reg.json_lines import Lines
 from hf_reg.runs.errors import RunError
 
-from ..distributed.launch import environment
+from .distributed.launch import environment
 
 
 def test_a_torn_line_does_not_count_and_is_cut_off(tmp_path: Path) -> None:
@@ -55,7 +55,7 @@ def test_no_number_that_json_has_not(tmp_path: Path) -> None:
 WRITE = """
 import sys
 from pathlib import Path
-from hf_reg.comparison.store import Lines
+from hf_reg.json_lines import Lines
 for number in range(25):
     Lines(Path(sys.argv[1])).append({"who": sys.argv[2], "number": number, "long": "x" * 5000})
 """

@@ -8,7 +8,7 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
-from ..runs.errors import RunError
+from .runs.errors import RunError
 
 
 __all__ = ["Lines"]
@@ -48,7 +48,7 @@ class Lines:
             what = f"has schema {found['schema']!r}; this version of hf_reg reads {SCHEMA}"
         except (ValueError, TypeError, KeyError):
             what = "is no line of a comparison"
-        raise RunError(f"{self.path}: line {number} {what}. Give another compare.folder, or remove that line.")
+        raise RunError(f"{self.path}: line {number} {what}. Remove that line, or give another compare.folder.")
 
     def append(self, record: Mapping[str, Any]) -> None:
         """Add a line, and wait until the disk has it."""
