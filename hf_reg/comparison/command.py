@@ -60,13 +60,14 @@ class PlanTable(Shown):
             given = {key: value for key, value in plan.settings(name).items() if value not in (None, {})}
             told = ", ".join(f"{key} {value}" for key, value in given.items()) or "the model as it is"
             table.add_row(name, Text(told), *([Text(", ".join(method.ranges))] if compare.tuning else []))
-        seconds, sizes = self._seconds(), compare.sizes
+        seconds, sizes, tuning = self._seconds(), compare.sizes, compare.tuning
+        searched = f"{tuning.trials} trials of each method, under {len(tuning.seeds)} seeds" if tuning else "none"
         rows = {
             "task": f"{plan.recipe.TASK}, {plan.recipe.model.name}",
             "sizes": ", ".join(f"{size:.0%} of the data" if size.__class__ is float else str(size) for size in sizes),
             "seeds": ", ".join(map(str, compare.every_seed)),
             "reference": compare.reference,
-            "search": f"{compare.tuning.trials} trials of each method" if compare.tuning else "none",
+            "search": searched,
             "cells": f"{counts['cells']}, and {counts['trials']} trials, on {plan.processes} processes",
             "time": f"about {duration(seconds)} from the start, by the cells in the folder" if seconds else
                     "not known before a cell is finished; then it is told",

@@ -27,7 +27,7 @@ from ..distributed.launch import environment
 from .tiny import recipe
 
 
-SEARCHED = {"trials": 2, "validation": 2}
+SEARCHED = {"trials": 2, "validation": 2, "seeds": [1000]}
 
 
 def lines(folder: Path, name: str = "cells") -> list[dict[str, Any]]:

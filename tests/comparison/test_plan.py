@@ -50,6 +50,7 @@ def test_what_is_searched(tmp_path: Path) -> None:
     adapters = read_plan(recipe(tmp_path, methods=["hf_default", "sorsa"], tuning={"trials": 2}))
     of_adapter = adapters.methods["sorsa"].ranges["train.learning_rate"]  # from the model's rates to ten times these
     assert (of_adapter.low, of_adapter.high) == (pytest.approx(0.0025), pytest.approx(0.4))
+    assert plan.compare.tuning is not None and plan.compare.tuning.seeds == [1000, 1001, 1002]
     changed = with_params(plan.settings("tlm"), {"patches.tlm.rate": 0.4, "train.learning_rate": 0.2})
     assert changed["patches"] == {"tlm": {"rate": 0.4}} and changed["train"] == {"learning_rate": 0.2}
     assert plan.settings("tlm")["patches"] == {"tlm": {"rate": 0.1}}
@@ -130,4 +131,7 @@ def test_the_example_is_read(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) ->
 def test_check_shows_the_plan_and_loads_nothing(tmp_path: Path) -> None:
     done = CliRunner().invoke(app, ["compare", str(recipe(tmp_path)), "--check"])
     assert done.exit_code == 0 and "6, and 0 trials" in done.stdout and "give 7 or more" in done.stdout
+    searched = ["--set", "compare.tuning={trials: 4}"]
+    done = CliRunner().invoke(app, ["compare", str(tmp_path / "recipe.yaml"), "--check", *searched])
+    assert "4 trials of each method, under 3 seeds" in done.stdout
     assert not (tmp_path / "results").exists()
