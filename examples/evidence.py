@@ -63,6 +63,7 @@ def question_types() -> Rows:
 DATASETS: dict[str, tuple[str, Callable[[], Rows]]] = {
     "bbc_news": ("BBC news, 5 topics", bbc_news),
     "question_types": ("questions, 6 types", question_types),
+    "question_types_longer": ("questions, 6 types, 120 steps in place of 40", question_types),
 }
 
 
@@ -136,6 +137,24 @@ def planned(name: str) -> int:
     return len(compare["methods"]) * len(compare["sizes"]) * compare["seeds"]
 
 
+def by_loss(summary: Mapping[str, Any]) -> str:
+    """What is shown by held-out loss, which sees what the share of right answers does not: how sure a model errs."""
+    found: dict[str, dict[str, list[str]]] = {"better": {}, "worse": {}}
+    labels = {one["name"]: one["label"] for one in summary["methods"]}
+    for row in summary["rows"]:
+        verdict = (row["difference"] or {}).get("verdict")
+        if row["measure"] == "eval_loss" and verdict in found:
+            found[verdict].setdefault(labels[row["method"]], []).append(
+                f"{row['difference']['mean']:+.2g} at {row['size']}"
+            )
+    said = {
+        verdict: ", ".join(f"{label} ({', '.join(sizes)} labels)" for label, sizes in shown.items())
+        for verdict, shown in found.items() if shown
+    }  # fmt: skip
+    parts = [f"{verdict} {names}" for verdict, names in said.items()]
+    return f"By held-out loss: {'; '.join(parts) or 'no difference shown'}."
+
+
 def table(summary: Mapping[str, Any], name: str) -> str:
     """What a comparison has found as Markdown: what was run, and the task's metric by method and size."""
     metric, sizes, seeds = summary["metric"]["name"], summary["sizes"], summary["seeds"]
@@ -159,10 +178,11 @@ def table(summary: Mapping[str, Any], name: str) -> str:
 def section(cards: Path) -> str:
     """The part of README.md between the marks, from what is recorded in `cards`."""
     found = {name: cards / name / "summary.json" for name in DATASETS}
+    read = {name: json.loads(path.read_text()) for name, path in found.items() if path.is_file()}
     parts = [
-        f"{table(json.loads(path.read_text()), name)}\n\n[Report](model_cards/evidence/{name}/report.md)."
-        for name, path in found.items() if path.is_file()
-    ]  # fmt: skip
+        f"{table(summary, name)}\n\n{by_loss(summary)} [Report](model_cards/evidence/{name}/report.md)."
+        for name, summary in read.items()
+    ]
     return "\n\n".join(parts or ["Nothing is recorded yet."])
 
 

@@ -84,6 +84,20 @@ def test_a_record_holds_its_cells_and_no_others(evidence: ModuleType, tmp_path: 
         evidence.write_section(tmp_path / "other.md", tmp_path / "cards")
 
 
+def test_what_the_loss_shows(evidence: ModuleType) -> None:
+    def row(method: str, size: int, verdict: str | None, measure: str = "eval_loss") -> dict[str, Any]:
+        difference = None if verdict is None else {"verdict": verdict, "mean": -0.0123}
+        return {"method": method, "size": size, "measure": measure, "difference": difference}
+
+    names = [{"name": name, "label": label} for name, label in {"a": "A", "b": "B", "c": "C", "d": "D"}.items()]
+    rows = [row("a", 25, None), row("b", 25, "better"), row("b", 50, "better"), row("c", 25, "no difference shown"),
+            row("c", 50, "worse"), row("d", 50, "better"), row("d", 25, "worse", "accuracy")]  # fmt: skip
+    said = evidence.by_loss({"methods": names, "rows": rows})
+    better = "B (-0.012 at 25, -0.012 at 50 labels), D (-0.012 at 50 labels)"
+    assert said == f"By held-out loss: better {better}; worse C (-0.012 at 50 labels)."
+    assert evidence.by_loss({"methods": names, "rows": rows[:1]}) == "By held-out loss: no difference shown."
+
+
 def test_the_split_is_fixed(evidence: ModuleType, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     rows = [(f"text {n}", "ab"[n % 2]) for n in range(400)]
     monkeypatch.setitem(evidence.DATASETS, "bbc_news", ("t", lambda: list(rows)))
