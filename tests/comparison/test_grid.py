@@ -40,7 +40,10 @@ def by_key(folder: Path) -> dict[str, str]:
 
 def begun(path: Path) -> subprocess.Popen:
     command = [sys.executable, "-m", "hf_reg.cli", "compare", str(path)]
-    return subprocess.Popen(command, env=environment(), stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True)
+    return subprocess.Popen(
+        command, env=environment(), stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True,
+        preexec_fn=lambda: signal.signal(signal.SIGINT, signal.SIG_DFL),  # which is ignored where tests run with &
+    )  # fmt: skip
 
 
 def until(condition: Any, process: subprocess.Popen, seconds: float = 120) -> None:
